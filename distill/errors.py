@@ -1,0 +1,41 @@
+"""What can go wrong at a boundary, each kind with the exit code that a recipe ends with.
+
+Losses and similarities raise plain ValueError and TypeError. The classes below are for what comes from outside: recipes,
+texts, stores, the hub. A message says what was expected, what came, where, and the one command or change that mends it.
+"""
+
+
+class DistillError(Exception):
+    """Base of the errors that a recipe reports in one message, without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(DistillError, ValueError):
+    """A recipe, flag or combination of options that cannot run."""
+
+    exit_code = 2
+
+
+class DataError(DistillError, ValueError):
+    """Texts, pairs or labels that cannot be used; the message names file, row and column."""
+
+    exit_code = 3
+
+
+class IntegrityError(DistillError):
+    """A store, checkpoint or model folder that is damaged or belongs to something else."""
+
+    exit_code = 4
+
+
+class NumericsError(DistillError, ArithmeticError):
+    """A loss, gradient or vector that is not finite, or a teacher whose vectors carry no information."""
+
+    exit_code = 5
+
+
+class ResourceError(DistillError, OSError):
+    """The machine or the hub said no: disk, permission, network."""
+
+    exit_code = 6
