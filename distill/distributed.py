@@ -1,0 +1,139 @@
+"""Several processes, one answer: N processes give the loss and the gradient that one process gives on the global batch.
+
+DDP averages gradients over processes. Each process therefore computes the loss of the whole global batch, with its own
+rows live and everybody else's as constants: the gradient of its own rows is then exact for every loss, also for those
+that compare student with student, no collective runs backward, and a factor of the process count undoes DDP's mean.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+
+def start() -> torch.device:
+    """Join the other processes, if a launcher started any (accelerate launch, torchrun), and return this one's device."""
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        gather_objects(None)  # a collective on objects needs no device and no dtype
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One value of each process, in rank order, on every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(value: Any) -> Any:
+    """The main process's value, on every process."""
+    if world_size() == 1:
+        return value
+    box = [value if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def main_first(action: Callable[[], Any]) -> Any:
+    """Run `action` on the main process and hand its result to all. What it raises is raised on every process."""
+    result, error = None, None
+    if is_main():
+        try:
+            result = action()
+        except Exception as raised:
+            error = raised
+    result, error = agree((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def any_process(flag: bool, device: torch.device | None = None) -> bool:
+    """True everywhere if it is true anywhere."""
+    if world_size() == 1:
+        return flag
+    vote = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item() > 0)
+
+
+def share(count: int) -> range:
+    """This process's contiguous share of `count` rows; shares differ by at most one row."""
+    return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
+
+
+def gather_rows(rows: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "g *d"]:
+    """Rows of all processes in rank order, without gradient. Sizes may differ. Cost: one all-gather, padded to the largest."""
+    rows = rows.detach()
+    if world_size() == 1:
+        return rows
+    sizes = _sizes(rows)
+    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def global_loss(
+    loss: Callable[..., Float[Tensor, ""]],
+    student: Float[Tensor, "b d"],
+    teacher: Float[Tensor, "b e"],
+    *,
+    bank: Float[Tensor, "n e"] | None = None,
+    keys: Int[Tensor, " b"] | None = None,
+    bank_keys: Int[Tensor, " n"] | None = None,
+) -> Float[Tensor, ""]:
+    """The loss of the global batch; after DDP's averaging its gradient is the single-process one. Sizes may differ per process.
+
+    `bank` and `bank_keys` must be the same on every process. They, and `keys`, go to losses that have `uses_bank`.
+    Cost: an all-gather of both sides forward, nothing backward, and the loss of all rows on every process.
+    """
+    columns: dict[str, Tensor | None] = {}
+    if getattr(loss, "uses_bank", False):
+        columns = {"bank": bank, "keys": None if keys is None else gather_rows(keys), "bank_keys": bank_keys}
+    if world_size() == 1:
+        return loss(student, teacher, **columns)
+    everyone = list(gather_rows(student).split(_sizes(student)))
+    everyone[rank()] = student
+    value = loss(torch.cat(everyone), gather_rows(teacher), **columns)
+    return value.detach() + world_size() * (value - value.detach())
+
+
+def _sizes(rows: Tensor) -> list[int]:
+    mine = torch.tensor([len(rows)], device=rows.device)
+    sizes = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(sizes, mine)
+    return [int(size) for size in sizes]
+
+
+def launched_processes() -> int:
+    """How many processes the launcher said it started, before any of them joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def concatenate(parts: Sequence[list[Any]]) -> list[Any]:
+    return [item for part in parts for item in part]

@@ -1,0 +1,223 @@
+"""An embedding model: texts -> vectors. Reads and writes the sentence-transformers folder, with its own tokenizer and prompts."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from distill import files, folder, hub
+from distill.errors import RecipeError
+from distill.folder import UNLIMITED, Parts
+from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone
+
+ComputeDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Tokens of some texts, and which of the texts were cut at max_length or have no token of their own."""
+
+    tokens: Tokens
+    truncated: list[bool]
+    empty: list[bool]
+
+
+class Encoder(nn.Module):
+    """Backbone (transformer with pooling, or static table) followed by Dense and Normalize layers: texts -> (n, width).
+
+    `forward(tokens)` is what training calls; `encode(texts)` is the whole way, without gradient. `tokenizer` is this
+    encoder's own: a student may read the same text with other tokens than its teacher.
+    """
+
+    def __init__(
+        self,
+        backbone: TransformerBackbone | StaticTable,
+        tokenizer: Any,
+        *,
+        head: Sequence[nn.Module] = (),
+        max_length: int = UNLIMITED,
+        prompts: Mapping[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        lowercase: bool = False,
+        compute_dtype: ComputeDtype = "float32",
+        name: str = "encoder",
+        commit: str | None = None,
+    ):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Sequential(*head)
+        self.tokenizer, self.max_length, self.lowercase = tokenizer, max_length, lowercase
+        self.prompts, self.default_prompt_name = dict(prompts or {}), default_prompt_name
+        self.compute_dtype: ComputeDtype = compute_dtype
+        self.name, self.commit = name, commit
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: Path | None = None,
+        max_length: int | None = None,
+        compute_dtype: ComputeDtype = "float32",
+    ) -> "Encoder":
+        """An encoder from a local folder, the Hub, or an installed weight package (`hub.resolve_model`), float32, in eval mode.
+
+        A folder without modules.json is a bare transformer: mean pooling, no normalisation, as sentence-transformers
+        reads it. `max_length` (tokens) overrides the folder's own. A module it does not know raises RecipeError.
+        """
+        source = hub.resolve_model(str(name), revision=revision, token=token, cache_dir=cache_dir)
+        parts = vars(folder.read(source.path))
+        encoder = cls(**parts, compute_dtype=compute_dtype, name=source.name, commit=source.commit)
+        if max_length is not None:
+            if not 1 <= max_length <= encoder.max_length:
+                raise RecipeError(f"max_length is 1..{encoder.max_length} tokens for {name}, got {max_length}.")
+            encoder.max_length = max_length
+        return encoder.eval()
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors this encoder emits."""
+        dense = [layer for layer in self.head if isinstance(layer, Dense)]
+        return dense[-1].linear.out_features if dense else self.backbone.width
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def prompt(self, role: str | None) -> str:
+        """The text put before every text of a role ("query", "document"); the default prompt for a role without one."""
+        name = role if role in self.prompts else self.default_prompt_name
+        return self.prompts.get(name or "", "")
+
+    def tokenize(self, texts: Sequence[str], *, prompt: str = "") -> Tokenized:
+        texts = [prompt + text for text in texts]
+        texts = [text.lower() for text in texts] if self.lowercase else texts
+        if isinstance(self.backbone, StaticTable):
+            encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            ids = [encoding.ids[: self.max_length] for encoding in encodings]
+            return Tokenized(
+                Tokens.from_lists(ids),
+                [len(encoding.ids) > self.max_length for encoding in encodings],
+                [not row for row in ids],
+            )
+        batch = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_special_tokens_mask=True)
+        overflow = [bool(encoding.overflowing) for encoding in batch.encodings]
+        empty = [all(special) for special in batch["special_tokens_mask"]]
+        return Tokenized(Tokens.from_lists(batch["input_ids"]), overflow, empty)
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "b width"]:
+        return self.head(self.backbone(tokens))
+
+    @torch.inference_mode()
+    def encode(
+        self, texts: Sequence[str], *, role: str | None = None, progress: str | None = None
+    ) -> Float[Tensor, "n width"]:
+        """Vectors of texts, float32 on the CPU, in their order. `progress` names the bar; None shows none.
+
+        Runs in eval mode (the mode before is restored), sorted by length inside windows of 4,096 texts.
+        """
+        vectors = torch.empty(len(texts), self.width)
+        bar = tqdm(total=len(texts), desc=progress, unit="text", disable=None if progress else True, delay=2)
+        with _eval_mode(self), bar:
+            for start in range(0, len(texts), 4096):
+                window = self.tokenize(texts[start : start + 4096], prompt=self.prompt(role)).tokens
+                for index, tokens in window.grouped(8192):
+                    vectors[start + index] = self.compute(tokens).cpu()
+                    bar.update(len(index))
+        return vectors
+
+    def compute(self, tokens: Tokens) -> Float[Tensor, "b width"]:
+        """One forward pass at this encoder's compute dtype, float32 out."""
+        enabled = self.compute_dtype == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            return self(tokens).float()
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """Everything of this encoder that changes a vector, as a flat JSON object. Prompts are not in it: they are part of each text's key."""
+        return {
+            "weights": _hash_state(self),
+            "tokenizer": _hash_text(_tokenizer_json(self.tokenizer)),
+            "config": _hash_text(_config_json(self.backbone)),
+            "modules": " > ".join([_describe(self.backbone), *[_describe(layer) for layer in self.head]]),
+            "max_length": self.max_length,
+            "lowercase": int(self.lowercase),
+            "compute_dtype": self.compute_dtype,
+        }
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that SentenceTransformer(path) and Encoder.from_pretrained(path) open. It appears whole or not at all."""
+        with files.published_folder(Path(path)) as temporary:
+            folder.write(self.parts(), temporary)
+
+    def parts(self) -> Parts:
+        """What the model folder holds of this encoder."""
+        return Parts(
+            backbone=self.backbone,
+            tokenizer=self.tokenizer,
+            head=list(self.head),
+            max_length=self.max_length,
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            lowercase=self.lowercase,
+        )
+
+
+class _eval_mode:
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.was_training = self.module.training
+        self.module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.module.train(self.was_training)
+
+
+def _hash_state(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tokenizer_json(tokenizer: Any) -> str:
+    backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    return json.dumps(
+        {key: value for key, value in state.items() if key not in ("truncation", "padding")}, sort_keys=True
+    )
+
+
+def _config_json(backbone: nn.Module) -> str:
+    if not isinstance(backbone, TransformerBackbone):
+        return "static"
+    noise = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    config = {key: value for key, value in backbone.model.config.to_dict().items() if key not in noise}
+    return json.dumps(config, sort_keys=True, default=str)
+
+
+def _describe(layer: nn.Module) -> str:
+    if isinstance(layer, TransformerBackbone):
+        return f"{type(layer.model).__name__} > {'+'.join(layer.pooling.modes)}"
+    if isinstance(layer, Dense):
+        return f"Dense({layer.linear.in_features}, {layer.linear.out_features}, {type(layer.activation).__name__})"
+    return type(layer).__name__

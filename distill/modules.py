@@ -1,0 +1,197 @@
+"""The parts an encoder is made of: token batches without padding, backbones, pooling, and the layers behind it.
+
+Axes: b texts · t tokens of all texts, end to end · l tokens of the longest text of a group · d width of a vector · v vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from distill import similarity
+
+PoolingMode = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Token ids of b texts, end to end, without padding. Both stay on the CPU: lengths decide shapes (and DDP moves tuples, not this)."""
+
+    ids: Int[Tensor, " t"]
+    lengths: Int[Tensor, " b"]
+
+    @classmethod
+    def from_lists(cls, ids: Sequence[Sequence[int]]) -> "Tokens":
+        flat = torch.tensor([token for text in ids for token in text], dtype=torch.int32)
+        return cls(flat, torch.tensor([len(text) for text in ids], dtype=torch.int32))
+
+    def rows(self, index: Int[Tensor, " k"]) -> "Tokens":
+        """The texts at `index`, in that order. Cost: their tokens."""
+        lengths = self.lengths[index].long()
+        starts = (self.lengths.long().cumsum(0) - self.lengths)[index]
+        within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        return Tokens(self.ids[torch.repeat_interleave(starts, lengths) + within], lengths.int())
+
+    def grouped(self, token_budget: int) -> Iterator[tuple[Int[Tensor, " k"], "Tokens"]]:
+        """Groups of texts of similar length, each at most `token_budget` padded tokens (or one text)."""
+        order = torch.argsort(self.lengths, stable=True)
+        start = 0
+        for stop in range(1, len(order) + 1):
+            full = stop < len(order) and (stop + 1 - start) * int(self.lengths[order[stop]]) > token_budget
+            if full or stop == len(order):
+                yield order[start:stop], self.rows(order[start:stop])
+                start = stop
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class TransformerBackbone(nn.Module):
+    """A Hugging Face encoder and a pooling: tokens -> (b, d).
+
+    Texts are run in groups of similar length, so that a batch drawn at random costs little padding; the vectors come
+    back in the order of the batch.
+    """
+
+    def __init__(self, model: nn.Module, pooling: "Pooling", *, pad_id: int, padding_side: Literal["left", "right"]):
+        super().__init__()
+        self.model, self.pooling, self.pad_id, self.padding_side = model, pooling, pad_id, padding_side
+        for name, module in model.named_modules():
+            if name.rsplit(".", 1)[-1] == "pooler":  # never used here; with gradients it would stall DDP
+                module.requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        return self.pooling.width
+
+    def token_budget(self, device: torch.device) -> int:
+        """Padded tokens a group: on a CPU small groups waste less padding at the same speed, a GPU wants them large."""
+        return 1024 if device.type == "cpu" else 65_536
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "b d"]:
+        device = next(self.parameters()).device
+        groups = list(tokens.grouped(self.token_budget(device)))
+        pooled = torch.cat([self._group(group, device) for _, group in groups])
+        order = torch.cat([index for index, _ in groups])
+        return pooled[torch.argsort(order).to(device)]
+
+    def _group(self, tokens: Tokens, device: torch.device) -> Float[Tensor, "k d"]:
+        rows = torch.split(tokens.ids.long(), tokens.lengths.tolist())
+        ids = pad_sequence(list(rows), True, self.pad_id, padding_side=self.padding_side).to(device)
+        places = torch.arange(ids.shape[1])
+        lengths = rearrange(tokens.lengths, "b -> b 1")
+        mask = places < lengths if self.padding_side == "right" else places >= ids.shape[1] - lengths
+        mask = mask.to(device)
+        hidden = self.model(input_ids=ids, attention_mask=mask.long())[0]
+        return self.pooling(hidden, mask)
+
+
+class StaticTable(nn.Module):
+    """A table of token vectors and one weight a token: the mean over a text's tokens of weight * vector -> (b, d).
+
+    The weights (Zipf or SIF at the start) are trained beside the table and multiplied into it when the model is saved.
+    A text without tokens gives the zero vector.
+    """
+
+    def __init__(self, table: Float[Tensor, "v d"], weights: Float[Tensor, " v"] | None = None):
+        super().__init__()
+        self.table = nn.Parameter(table.float().clone())
+        self.weights = nn.Parameter(torch.ones(len(table)) if weights is None else weights.float().clone())
+
+    @property
+    def width(self) -> int:
+        return self.table.shape[1]
+
+    def folded(self) -> Float[Tensor, "v d"]:
+        return self.table.detach() * rearrange(self.weights.detach(), "v -> v 1")
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "b d"]:
+        device = self.table.device
+        ids, lengths = tokens.ids.long().to(device), tokens.lengths.long().to(device)
+        offsets = lengths.cumsum(0) - lengths
+        with torch.autocast(device.type, enabled=False):
+            total = F.embedding_bag(ids, self.table, offsets, mode="sum", per_sample_weights=self.weights[ids])
+            return total / rearrange(lengths.clamp(min=1), "b -> b 1")
+
+
+class Pooling(nn.Module):
+    """Token vectors (b, l, d) and a mask (b, l) -> (b, width), as sentence-transformers pools; several modes are concatenated."""
+
+    def __init__(self, hidden: int, modes: Sequence[PoolingMode] = ("mean",)):
+        super().__init__()
+        unknown = [mode for mode in modes if mode not in get_args(PoolingMode)]
+        if unknown or not modes:
+            raise ValueError(f"pooling modes are {', '.join(get_args(PoolingMode))}; got {list(modes)}.")
+        self.hidden, self.modes = hidden, tuple(modes)
+
+    @property
+    def width(self) -> int:
+        return self.hidden * len(self.modes)
+
+    def forward(self, hidden: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"]) -> Float[Tensor, "b width"]:
+        hidden = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+        return torch.cat([_POOL[mode](hidden, mask) for mode in self.modes], dim=-1)
+
+
+class Dense(nn.Module):
+    """Linear and activation behind the pooling (sentence-transformers' Dense). A projection into the teacher's space is one."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, activation: nn.Module | None = None):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.activation = nn.Identity() if activation is None else activation
+
+    def forward(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        return self.activation(self.linear(vectors))
+
+
+class Normalize(nn.Module):
+    """Unit rows; a zero row stays zero."""
+
+    def forward(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        return similarity.normalize(vectors)
+
+
+def _first(mask: Tensor) -> Tensor:
+    return mask.int().argmax(dim=1)
+
+
+def _last(mask: Tensor) -> Tensor:
+    return mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)
+
+
+def _at(hidden: Tensor, places: Tensor) -> Tensor:
+    return hidden[torch.arange(len(hidden), device=hidden.device), places]
+
+
+def _sum(hidden: Tensor, weights: Tensor) -> Tensor:
+    return reduce(hidden * rearrange(weights.to(hidden.dtype), "b l -> b l 1"), "b l d -> b d", "sum")
+
+
+def _mean(hidden: Tensor, weights: Tensor, power: float = 1.0) -> Tensor:
+    return _sum(hidden, weights) / reduce(weights.to(hidden.dtype), "b l -> b 1", "sum").clamp(min=1e-9) ** power
+
+
+def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    places = repeat(torch.arange(1, mask.shape[1] + 1, device=mask.device), "l -> b l", b=len(mask))
+    return _mean(hidden, mask * (places - rearrange(_first(mask), "b -> b 1")))
+
+
+def _max(hidden: Tensor, mask: Tensor) -> Tensor:
+    return hidden.masked_fill(~rearrange(mask, "b l -> b l 1"), float("-inf")).amax(dim=1)
+
+
+_POOL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cls": lambda hidden, mask: _at(hidden, _first(mask)),
+    "lasttoken": lambda hidden, mask: _at(hidden, _last(mask)),
+    "mean": _mean,
+    "mean_sqrt_len_tokens": lambda hidden, mask: _mean(hidden, mask, power=0.5),
+    "max": _max,
+    "weightedmean": _weighted_mean,
+}
