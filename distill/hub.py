@@ -108,6 +108,26 @@ def resolve_model(
     return _looked_up(hub, names, revision)
 
 
+def dataset_commit(name: str, *, revision: str | None = None, token: str | None = None) -> str | None:
+    """The commit that a Hub data set's branch stands at, or None where HF_HUB_OFFLINE forbids asking.
+
+    Asked before `datasets` is: it retries for half a minute before it admits that there is no network.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if _offline():
+        return None
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
+    seconds = constants.HF_HUB_ETAG_TIMEOUT
+    try:
+        return _within(seconds, lambda: api.dataset_info(name, revision=revision, timeout=seconds)).sha
+    except Exception as error:  # whatever the hub's stack raises is sorted in _reason
+        raise ResourceError(
+            f"Cannot get the data set {name}: {_reason(error)}. Ways out: give the path of a local file; "
+            "HF_HUB_OFFLINE=1 uses what was downloaded before."
+        ) from error
+
+
 def cache_home() -> Path:
     """$DISTILL_HOME, else $XDG_CACHE_HOME/distill, else ~/.cache/distill."""
     if home := os.environ.get("DISTILL_HOME"):
@@ -148,11 +168,11 @@ def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> Model
             break
         return hub.pin(found, revision)
     for name in names:
-        if found := hub.cached(name, revision or "main"):
-            log.warning("%s: the Hub was not asked or did not answer; using the cached commit %s", name, found.commit)
-            return hub.pin(found, revision)
-        if not revision and (found := _from_package(name, hub.root)):
-            return hub.pin(found, revision)
+        if snapshot := hub.cached(name, revision or "main"):
+            log.warning("%s: without an answer from the Hub, the cached commit %s is used", name, snapshot.commit)
+            return hub.pin(snapshot, revision)
+        if not revision and (package := _from_package(name, hub.root)):
+            return hub.pin(package, revision)
     raise ResourceError(_explain(failure, names, revision)) from failure
 
 
@@ -483,11 +503,11 @@ def _reason(error: Exception | None) -> str:
         return _reason(error.__cause__)
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     if isinstance(error, GatedRepoError):
-        return "its owner grants access one by one: ask on its page on the Hub, then set HF_TOKEN to a token of that account"
+        return "its owner grants access one by one (403): ask on its page on the Hub, then set HF_TOKEN to a token of that account"
     if isinstance(error, RevisionNotFoundError):
-        return "the Hub knows the model, but not this revision"
+        return "the Hub knows it, but not in this revision"
     if _is_unknown(error):
-        return "the Hub knows no such model, or it is private (then set HF_TOKEN to a token that may read it)"
+        return "the Hub knows nothing of this name, or it is private (then set HF_TOKEN to a token that may read it)"
     if isinstance(error, HfHubHTTPError):
         return _status_reason(error.response.status_code, endpoint)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
