@@ -1,0 +1,29 @@
+"""Losses: `loss(student, teacher, *, options) -> scalar`, each a function and a thin Module of the same words.
+
+The student comes first, the teacher is detached inside, rows need not be unit length. `bank` holds further teacher
+vectors for the columns of a cross loss.
+"""
+
+from distill.losses.combine import Schedule, WeightedSum, constant, linear_decay
+from distill.losses.cross import CrossContrastive, CrossKL, cross_contrastive, cross_kl
+from distill.losses.pointwise import CosineDistance, EmbeddingMSE, cosine_distance, embedding_mse
+from distill.losses.relational import GramKL, GramMSE, gram_kl, gram_mse
+
+__all__ = [
+    "CosineDistance",
+    "CrossContrastive",
+    "CrossKL",
+    "EmbeddingMSE",
+    "GramKL",
+    "GramMSE",
+    "Schedule",
+    "WeightedSum",
+    "constant",
+    "cosine_distance",
+    "cross_contrastive",
+    "cross_kl",
+    "embedding_mse",
+    "gram_kl",
+    "gram_mse",
+    "linear_decay",
+]

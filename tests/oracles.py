@@ -1,0 +1,116 @@
+"""Every loss and head once more: slow, obvious, float64, one row and one column at a time. No code of distill's."""
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+
+def unit_rows(matrix: Tensor) -> list[np.ndarray]:
+    rows = matrix.detach().double().numpy()
+    return [row / np.sqrt(row @ row) if row.any() else row for row in rows]
+
+
+def softmax(logits: list[float]) -> list[float]:
+    largest = max(logits)
+    powers = [math.exp(logit - largest) for logit in logits]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def kl(teacher_logits: list[float], student_logits: list[float]) -> float:
+    if not teacher_logits:
+        return 0.0
+    pairs = zip(softmax(teacher_logits), softmax(student_logits), strict=True)
+    return math.fsum(p * math.log(p / q) for p, q in pairs if p > 0)
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> float:
+    return mean([1 - float(s @ t) for s, t in zip(unit_rows(student), unit_rows(teacher), strict=True)])
+
+
+def embedding_mse(student: Tensor, teacher: Tensor) -> float:
+    pairs = zip(unit_rows(student), unit_rows(teacher), strict=True)
+    return mean([math.fsum((x - y) ** 2 for x, y in zip(s, t, strict=True)) for s, t in pairs])
+
+
+def _columns(teacher: Tensor, bank: Tensor | None, keys: Tensor | None, bank_keys: Tensor | None) -> tuple[list, list]:
+    """Vectors and names of all columns; a column without a key is a text of its own."""
+    vectors = unit_rows(teacher) + ([] if bank is None else unit_rows(bank))
+    names: list = [f"row {i}" for i in range(len(teacher))] if keys is None else keys.tolist()
+    if bank is not None:
+        names += [f"bank {j}" for j in range(len(bank))] if bank_keys is None else bank_keys.tolist()
+    return vectors, names
+
+
+def cross_kl(
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor | None = None,
+    *,
+    keys: Tensor | None = None,
+    bank_keys: Tensor | None = None,
+    temperature: float = 0.05,
+    teacher_temperature: float | None = None,
+) -> float:
+    vectors, names = _columns(teacher, bank, keys, bank_keys)
+    rows = []
+    for i, (s, t) in enumerate(zip(unit_rows(student), unit_rows(teacher), strict=True)):
+        others = [b for b, name in zip(vectors, names, strict=True) if name != names[i]]
+        teacher_logits = [float(t @ b) / (teacher_temperature or temperature) for b in others]
+        rows.append(kl(teacher_logits, [float(s @ b) / temperature for b in others]))
+    return mean(rows)
+
+
+def cross_contrastive(
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor | None = None,
+    *,
+    keys: Tensor | None = None,
+    bank_keys: Tensor | None = None,
+    temperature: float = 0.05,
+    symmetric: bool = False,
+) -> float:
+    vectors, names = _columns(teacher, bank, keys, bank_keys)
+    students, batch = unit_rows(student), len(student)
+
+    def surprise(query: np.ndarray, candidates: list, i: int) -> float:
+        negatives = [c for c, name in zip(candidates, names, strict=False) if name != names[i]]
+        return -math.log(softmax([float(query @ c) / temperature for c in [candidates[i], *negatives]])[0])
+
+    forward = mean([surprise(students[i], vectors, i) for i in range(batch)])
+    if not symmetric:
+        return forward
+    return (forward + mean([surprise(vectors[j], students, j) for j in range(batch)])) / 2
+
+
+def gram_mse(student: Tensor, teacher: Tensor) -> float:
+    s, t = unit_rows(student), unit_rows(teacher)
+    return mean([float(s[i] @ s[j] - t[i] @ t[j]) ** 2 for i in range(len(s)) for j in range(len(s))])
+
+
+def gram_kl(
+    student: Tensor, teacher: Tensor, *, temperature: float = 0.05, teacher_temperature: float | None = None
+) -> float:
+    s, t, rows = unit_rows(student), unit_rows(teacher), []
+    for i in range(len(s)):
+        others = [j for j in range(len(s)) if j != i]
+        teacher_logits = [float(t[i] @ t[j]) / (teacher_temperature or temperature) for j in others]
+        rows.append(kl(teacher_logits, [float(s[i] @ s[j]) / temperature for j in others]))
+    return mean(rows)
+
+
+def cosine_linear(x: Tensor, weight: Tensor, nb_proxy: int, sigma: float, gamma: float = 1.0) -> np.ndarray:
+    """CosineLinear with to_reduce=True; with nb_proxy=1 without it too."""
+    rows, proxies = unit_rows(x), unit_rows(weight)
+    logits = np.zeros((len(rows), len(proxies) // nb_proxy))
+    for i, row in enumerate(rows):
+        for c in range(logits.shape[1]):
+            scores = [float(row @ proxy) for proxy in proxies[c * nb_proxy : (c + 1) * nb_proxy]]
+            shares = softmax([gamma * score for score in scores])
+            logits[i, c] = sigma * sum(share * score for share, score in zip(shares, scores, strict=True))
+    return logits

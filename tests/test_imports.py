@@ -1,0 +1,79 @@
+"""A module imports only what stands above it; geometry and objectives import little; importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import distill
+
+ROOT = Path(distill.__file__).parent
+ORDER = """errors files similarity losses.pointwise losses.cross losses.relational losses.combine losses heads metrics
+distributed hub encoder students data store embed checkpoint training evaluation export plots config cli""".split()
+LIFTABLE = {name for name in ORDER if name.startswith("losses")} | {"similarity", "heads", "metrics"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module but the package itself, by its name below distill."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {name: path for name, path in found.items() if name}
+
+
+def imports(path: Path, known: set[str], *, top_level: bool = False) -> Iterator[str]:
+    """Dotted names of what a file imports; `from distill import losses` is distill.losses."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}:{node.lineno}: write the import from distill, not from a dot"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner.removeprefix("distill.") in known else str(node.module)
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    assert sorted(set(modules()) - set(ORDER)) == []
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name in modules()])
+def test_a_module_imports_only_what_stands_above_it(name: str) -> None:
+    above = {f"distill.{other}" for other in ORDER[: ORDER.index(name)]}
+    inside = {i for i in imports(modules()[name], set(modules())) if i.split(".")[0] == "distill"}
+    assert sorted(inside - above) == []
+
+
+@pytest.mark.parametrize("name", sorted(LIFTABLE & set(modules())))
+def test_geometry_and_objectives_can_be_lifted(name: str) -> None:
+    allowed = {"torch", "einops", "jaxtyping", "distill"} | sys.stdlib_module_names
+    lazily = {"scipy"} if name == "metrics" else set()
+    path, known = modules()[name], set(modules())
+    assert {i.split(".")[0] for i in imports(path, known)} <= allowed | lazily
+    assert {i.split(".")[0] for i in imports(path, known, top_level=True)} <= allowed
+
+
+def test_the_walk_sees_an_import_from_below(tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text("from distill import losses\ndef f():\n    import distill.cli\n    from torch import nn\n")
+    assert list(imports(file, {"losses", "cli"})) == ["distill.losses", "distill.cli", "torch"]
+
+
+def test_importing_prints_nothing_changes_no_seed_and_stays_light() -> None:
+    program = """
+import os, random, sys, warnings
+import numpy, torch
+state = lambda: (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), dict(os.environ))
+before = state()
+import distill, distill.heads, distill.losses, distill.metrics, distill.similarity
+assert state() == before
+heavy = {"transformers", "datasets", "matplotlib", "scipy", "beartype"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
