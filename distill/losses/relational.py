@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.losses.cross import check_temperatures, softmax_kl
-from distill.similarity import check_pairs, cosine_similarity_matrix
+from distill.similarity import check_pairs, cosine_similarity_matrix, normalize
 
 
 def gram_mse(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
@@ -43,7 +43,8 @@ def gram_kl(
 
 
 def _gram(rows: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
-    return cosine_similarity_matrix(rows, rows)
+    unit = normalize(rows)  # once: the gradients of both uses then meet in float32, not in the dtype of the rows
+    return cosine_similarity_matrix(unit, unit)
 
 
 class GramMSE(nn.Module):
