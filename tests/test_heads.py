@@ -197,19 +197,17 @@ def test_ridge_finds_a_linear_map_and_beats_a_random_one() -> None:
     assert pairwise_cosine(Projection(6, 9)(student), teacher).mean() < 0.9
 
 
-def test_the_chosen_ridge_is_the_best_on_held_out_rows() -> None:
-    student, teacher = pairs(40, d=30, noise=6.0)  # 36 rows fit 30 directions: no ridge overfits badly
-    held = torch.arange(40) % 10 == 9
-
-    def quality(ridge: float) -> float:
-        fitted = Projection.ridge(student[~held], teacher[~held], ridge=ridge)
-        return pairwise_cosine(fitted(student[held]), teacher[held]).mean().item()
-
-    best = max((10.0**e for e in range(-7, 2)), key=quality)
-    assert best > 1e-7
-    chosen, expected = Projection.ridge(student, teacher), Projection.ridge(student, teacher, ridge=best)
-    torch.testing.assert_close(chosen.weight, expected.weight)
-    assert not torch.allclose(chosen.weight, Projection.ridge(student, teacher, ridge=1e-7).weight, rtol=1e-2)
+def test_the_chosen_ridge_is_the_best_on_every_tenth_row() -> None:
+    held, grid, choices = torch.arange(40) % 10 == 9, [10.0**e for e in range(-7, 2)], set()
+    for _ in range(8):
+        student, teacher = pairs(40, d=30, noise=6.0)  # 36 rows fit 30 directions: no ridge overfits badly
+        fits = [Projection.ridge(student[~held], teacher[~held], ridge=ridge) for ridge in grid]
+        quality = [pairwise_cosine(fit(student[held]), teacher[held]).mean().item() for fit in fits]
+        best = grid[quality.index(max(quality))]
+        expected = Projection.ridge(student, teacher, ridge=best)
+        torch.testing.assert_close(Projection.ridge(student, teacher).weight, expected.weight)
+        choices.add(best)
+    assert len(choices) > 1
 
 
 @pytest.mark.parametrize("ridge", [None, 1e-3])
