@@ -33,6 +33,7 @@ ORDER = [
     "shards",
     "store",
     "embed",
+    "examples",
     "checkpoint",
     "training",
     "evaluation",
