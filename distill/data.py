@@ -126,7 +126,8 @@ def load_texts(
 
     Formats: JSONL, CSV, TSV (unquoted), TXT, each also with .gz, and Parquet. `column` names one column or several
     ("sentence1,sentence2"; by position in CSV: "0,1"); by default it is `text`, else the only text column, else in CSV all
-    columns that do not hold numbers. A list is read as texts unless its items look like sources. `limit` counts kept texts.
+    columns that do not hold numbers. A list is read as texts unless all its items look like sources: paths, names of files,
+    lists, "org/name:config:split". `limit` counts kept texts.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is the number of texts to keep, at least 1; got {limit}. None keeps all.")
@@ -441,8 +442,11 @@ def _tables(
     if isinstance(source, Path):
         yield _file(source, wanted)
     elif isinstance(source, str):
-        if not Path(source).expanduser().is_file() and (paths := sorted(glob(source, recursive=True))):
-            for path in filter(Path.is_file, map(Path, paths)):
+        if set("*?[") & set(source) and not Path(source).is_file():
+            paths = [Path(path) for path in sorted(glob(source, recursive=True))]
+            if not (files := [path for path in paths if path.is_file()]):
+                raise DataError(f"No file matches {source}.")
+            for path in files:
                 yield _file(path, wanted)
         elif HUB_DATA.fullmatch(source) and not _is_data_name(source) and not Path(source).exists():
             yield _hub_data(source, revision, token, wanted)
@@ -452,14 +456,17 @@ def _tables(
         raise DataError(f"Texts come from a path, a name or a list, not from {type(source).__name__}.")
     elif _are_sources(source):
         for item in source:
-            yield from _tables(item, revision=revision, token=token, wanted=wanted)
+            if isinstance(item, Source):
+                yield from _tables(item, revision=revision, token=token, wanted=wanted)
+            else:
+                yield _listed_texts(item)
     else:
-        yield _Table(
-            name="list of texts",
-            unit="item",
-            columns=["text"],
-            rows=((number, {"text": text}) for number, text in enumerate(source, 1)),
-        )
+        yield _listed_texts(source)
+
+
+def _listed_texts(texts: Sequence[Any]) -> _Table:
+    rows = ((number, {"text": text}) for number, text in enumerate(texts, 1))
+    return _Table(name="list of texts", unit="item", columns=["text"], rows=rows)
 
 
 def _one_table(source: Source, **options: Any) -> _Table:
@@ -475,10 +482,11 @@ def _is_data_name(name: str) -> bool:
 
 def _are_sources(items: Sequence[Any]) -> bool:
     """Whether a list holds sources rather than texts; a list that could be both by mistake is refused."""
+    # "and/or" is a text: in a list, a Hub data set is written with its split, "org/name::train".
     likely = [
-        bool(_is_data_name(item) or HUB_DATA.fullmatch(item))
+        (_is_data_name(item) or bool(HUB_DATA.fullmatch(item) and item.count(":") == 2))
         if isinstance(item, str)
-        else isinstance(item, Path | Sequence)
+        else isinstance(item, Path | list | tuple)
         for item in items
     ]
     if all(likely):
@@ -627,8 +635,7 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> _Table:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is no Parquet file ({str(error).splitlines()[0]}).") from error
     types = {item.name: item.type for item in file.schema_arrow}
-    is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-    texts = [name for name, kind in types.items() if any(test(kind) for test in is_text)]
+    texts = [name for name, kind in types.items() if name == "text" or "string" in str(kind)]  # also of dictionaries
     read = [name for name in types if name in wanted] or texts
 
     def rows() -> Iterator[Row]:
@@ -666,7 +673,8 @@ def _hub_data(name: str, revision: str | None, token: str | None, wanted: tuple[
             "if it is private, or give the path of a local file."
         ) from error
     columns = list(data.column_names)
-    data = data.select_columns([column for column in columns if column in wanted] or columns)
+    texts = [name for name in columns if name == "text" or getattr(data.features[name], "dtype", "") == "string"]
+    data = data.select_columns([name for name in columns if name in wanted] or texts)  # pictures stay undecoded
     classes = {key: value for key, value in data.features.items() if isinstance(value, ClassLabel)}
 
     def rows() -> Iterator[Row]:

@@ -42,7 +42,7 @@ SKIPPED |= {"third_party", "site-packages", "dist-packages", "idlelib", "lib2to3
 SECTION = re.compile(
     r"(parameters?|params|args|arguments|keyword arg\w*|returns?|yields?|receives|raises|warns|warnings?|examples?|notes?|"
     r"references|see also|attributes|methods|usage|inputs?|outputs?|shapes?|todo|options|functions|classes|exports|"
-    r"copyright|license|author)\b[^.]{0,24}:?$|:\w+[^:]*:|@\w+|>>>",
+    r"copyright|license|author)(\b[^.]{0,24}:)?$|:\w+[^:]*:|@\w+|>>>",
     re.IGNORECASE,
 )
 NO_PROSE = re.compile(r"\s|\.\. |[*+#|=~-]|\d+[.)]|\$|```|!\[|<")

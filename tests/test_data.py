@@ -1,0 +1,474 @@
+"""What is read from files, lists and data sets, and how a row that cannot be used is named."""
+
+import csv
+import gzip
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distill import data
+from distill.data import load_labelled, load_pairs, load_retrieval, load_texts
+from distill.errors import DataError, DistillError, ResourceError
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def real() -> Callable[[str], Path]:
+    def find(name: str) -> Path:
+        path = REAL / name
+        if not path.exists():
+            pytest.skip(f"{path} is not on this machine")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
+    """Write a file under a name; gzip it where the name says so."""
+
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        raw = content.encode() if isinstance(content, str) else content
+        path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        return path
+
+    return write
+
+
+def refused(path: Any, *words: str, **options: Any) -> str:
+    """The message with which a source is refused, which holds all `words` and takes one line."""
+    with pytest.raises(DataError) as caught:
+        load_texts(path, **options)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    return message
+
+
+# Formats
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one\ntwo\n\n  \none\nthree"),
+        (
+            "a.jsonl",
+            '{"text": "one"}\n{"text": "two"}\n{"text": ""}\n{"text": " "}\n{"text": "one"}\n{"text": "three"}',
+        ),
+        ("a.csv", 'text,n\none,1\ntwo,2\n,3\n"  ",4\none,5\nthree,6\n'),
+        ("a.tsv", "n\ttext\n1\tone\n2\ttwo\n3\t\n4\t \n5\tone\n6\tthree\n"),
+    ],
+)
+def test_unique_texts_in_order_with_a_count_of_the_rest(write, name: str, content: str, packed: str) -> None:
+    result = load_texts(write(name + packed, content))
+    assert result.texts == ["one", "two", "three"]
+    report = result.report
+    assert (report.rows, report.kept, report.empty, report.duplicates) == (6, 3, 2, 1)
+    assert "3 texts from 6 rows (2 empty and 1 duplicates left out)" in str(report)
+
+
+def test_windows_line_ends_and_a_byte_order_mark(write) -> None:
+    assert load_texts(write("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n")).texts == ["one", "two"]
+    assert load_texts(write("a.csv", b"\xef\xbb\xbftext,n\r\none,1\r\n")).texts == ["one"]
+    assert load_texts(write("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\r\n')).texts == ["one"]
+
+
+def test_only_line_feeds_end_a_line(write) -> None:
+    text = "a\x0bb\x0cc\x1cd\x85e\u2028f"
+    assert load_texts(write("a.txt", text + "\n")).texts == [text]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    table = {"text": ["one", "two", " ", "one"], "vector": [[0.1], [0.2], [0.3], [0.4]]}
+    path = parquet(tmp_path, table)
+    assert load_texts(path).texts == ["one", "two"]
+    refused(parquet(tmp_path, {"text": ["one", None]}), "row 2", "'text'", "null")
+    refused(parquet(tmp_path, {"text": [1, 2]}), "row 1", "int 1")
+    refused(parquet(tmp_path, {"n": [1, 2]}), "no column holds text", "'n'")
+    refused(parquet(tmp_path, {"a": ["x"], "b": ["y"]}), "several columns", "'a', 'b'")
+    assert load_texts(parquet(tmp_path, {"a": ["x"], "b": ["y"]}), column="a,b").texts == ["x", "y"]
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no PAR1")
+    refused(tmp_path / "broken.parquet", "no Parquet file")
+
+
+def parquet(folder: Path, columns: dict[str, list[Any]]) -> Path:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def test_a_very_long_text_is_read_whole(write) -> None:
+    text = "word " * 200_000
+    assert load_texts(write("a.csv", f"text,n\n{text},1\n")).texts == [text]
+
+
+def test_several_sources_globs_and_lists(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = write("a.txt", "one\ntwo\n"), write("b.txt.gz", "two\nthree\n")
+    assert load_texts([first, second]).texts == ["one", "two", "three"]
+    assert load_texts(str(tmp_path / "*.txt*")).texts == ["one", "two", "three"]
+    mixed = load_texts([str(first), ["four", "one"]])
+    assert mixed.texts == ["one", "two", "four"]
+    assert str(mixed.report) == "2 sources: 3 texts from 4 rows (0 empty and 1 duplicates left out)"
+    assert [source.kept for source in mixed.report.sources] == [2, 1]
+    monkeypatch.chdir(tmp_path)
+    refused(["a.txt", "b.text"], "texts or sources", "'b.text'", "item 2")
+
+
+def test_a_list_of_texts_is_checked_as_a_file_is() -> None:
+    assert load_texts(["and/or", "to be or not", "to be or not"]).texts == ["and/or", "to be or not"]
+    refused([" ", ""], "no text to use", "2 empty")
+    refused([], "no text to use")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_item_that_is_no_text_is_named() -> None:
+    refused(["fine", None], "item 2", "null")
+    refused(["fine", math.nan], "item 2", "NaN")
+    refused(["fine", 3], "item 2", "int 3")
+    refused(["fine", b"bytes"], "item 2", "bytes")
+    refused(3, "not from int")
+
+
+def test_limit_counts_kept_texts(write) -> None:
+    path = write("a.txt", "one\none\ntwo\nthree\n")
+    assert load_texts(path, limit=2).texts == ["one", "two"]
+    assert load_texts([path, path], limit=99).texts == ["one", "two", "three"]
+    refused(path, "at least 1", limit=0)
+
+
+# Rows that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": "x"}\n\n{"text": null}\n', ["line 3", "'text'", "null"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": 1.5}\n', ["line 2", "float 1.5"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": NaN}\n', ["line 2", "NaN"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": true}\n', ["line 2", "bool True"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": ["y"]}\n', ["line 2", "list ['y']"]),
+        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}\n', ["line 2", "no 'text'", "'txt'"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": "y"\n', ["line 2", "no JSON"]),
+        ("a.jsonl", '{"text": "x"}\n["y"]\n', ["line 2", "an object"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": "a\\ud83d"}\n', ["line 2", "surrogate", "position 1"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": "a\\u0000"}\n', ["line 2", "NUL", "position 1"]),
+        ("a.jsonl", "[" * 100_000 + "\n", ["line 1", "no JSON"]),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}\n", ["line 1", "no JSON"]),
+        ("a.jsonl", "", ["empty"]),
+        ("a.txt", "x\ny\0z\n", ["line 2", "NUL"]),
+        ("a.txt", b"x\ny\n\xff\xfez\n", ["line 3", "0xff", "no UTF-8"]),
+        ("a.txt", "x\n".encode("utf-16"), ["line 1", "UTF-16", "iconv"]),
+        ("a.csv", b"text,n\nx,1\n\xe9t\xe9,2\n", ["line 3", "0xe9"]),
+        ("a.csv", 'text,n\n"two\nlines",1\nx\0y,2\n', ["line 4", "NUL"]),
+        ("a.csv", 'text,n\nx,1\n"never closed,2\ny,3\n', ["starts in line 3", "no sound CSV"]),
+        ("a.csv", "text,n\nx,1\none, two,2\n", ["line 3", "3 cells", "2 in the first row"]),
+        ("a.csv", "text,text\nx,1\n", ["line 1", "one name"]),
+        ("a.csv", "", ["empty"]),
+        ("a.csv", "text,n\n", ["empty"]),
+        ("a.tsv", "text\tn\nx\t1\ny\n", ["line 3", "1 cells"]),
+    ],
+)
+def test_the_row_is_named(write, name: str, content: str | bytes, words: list[str]) -> None:
+    refused(write(name, content), name, *words)
+
+
+def test_a_damaged_gzip_is_named(write) -> None:
+    path = write("a.txt.gz", "\n".join(map(str, range(10_000))))
+    path.write_bytes(path.read_bytes()[:-2000])
+    refused(path, "gzip", "damaged after line")
+    path.write_bytes(b"\x1f\x8b not gzip at all")
+    refused(path, "gzip")
+
+
+def test_a_binary_file_is_not_read_into_memory(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "LONGEST_LINE", 100)
+    refused(write("a.txt", "x" * 1000), "line 1", "longer than")
+
+
+def test_files_that_are_not_there(write, tmp_path: Path) -> None:
+    write("train.jsonl", "{}")
+    refused(tmp_path / "trian.jsonl", "does not exist", "Did you mean train.jsonl?")
+    refused(str(tmp_path / "trian.jsonl"), "does not exist")
+    refused(str(tmp_path), "is a folder")
+    refused(write("a.docx", "x"), "ending '.docx'", ".jsonl")
+    refused(str(tmp_path / "*.nothing"), "No file matches")
+
+
+def test_a_file_that_may_not_be_read(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write("a.txt", "x")
+
+    def refuse(self: Path, *args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ResourceError, match="Permission denied"):
+        load_texts(path)
+
+
+# Columns
+
+
+def test_columns_by_name_position_and_default(write) -> None:
+    bare = write("bare.csv", "a man runs,someone runs,4.5\na cat,a dog,1.0\n")
+    assert load_texts(bare).texts == ["a man runs", "someone runs", "a cat", "a dog"]
+    assert load_texts(bare, column="1").texts == ["someone runs", "a dog"]
+    assert load_texts(bare, column="0,1").texts == load_texts(bare).texts
+    named = write("named.csv", "utterance,klass\nhow are you,greeting\n")
+    assert load_texts(named, column="utterance").texts == ["how are you"]
+    assert load_texts(write("s.csv", "sentence1,sentence2,score\na,b,1\n")).texts == ["a", "b"]
+    assert load_texts(write("s.csv", "sentence1,sentence2,score\na,b,1\n"), column="1").texts == ["b"]
+    refused(bare, "holds numbers", column="2")
+    refused(bare, "no column 'text'", "no header was recognised", "a man runs", column="text")
+    refused(write("n.csv", "1,2\n3,4\n"), "no column holds text")
+
+
+def test_an_unknown_column_gets_a_suggestion(write) -> None:
+    path = write("a.jsonl", '{"sentence": "x", "title": "y"}\n')
+    refused(path, "'sentence', 'title'", "several columns")
+    refused(path, "no column 'sentense'", "Did you mean sentence?", column="sentense")
+    assert load_texts(path, column="sentence, title").texts == ["x", "y"]
+    assert load_texts(write("b.jsonl", '{"id": 1, "body": "z"}\n')).texts == ["z"]
+
+
+# Hub data sets
+
+
+def test_hub_data_sets_are_read_like_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = {"text": ["fine", "good", "fine"], "label": [1, 0, 1]}
+
+    def load(name: str, config: str | None, **options: Any) -> datasets.Dataset:
+        asked.append((name, config, options["split"]))
+        if name == "org/gap":
+            return datasets.Dataset.from_dict({"text": ["fine", None]})
+        if config == "odd":
+            raise ValueError("BuilderConfig 'odd' not found. Available: ['main']")
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert load_texts("org/name").texts == ["fine", "good"]
+    assert load_texts(["org/name:main:test", "org/name::train"]).texts == ["fine", "good"]
+    labelled = load_labelled("org/name")
+    assert (labelled.names, labelled.labels) == (["no", "yes"], [1, 0, 1])
+    assert asked[:2] == [("org/name", None, "train"), ("org/name", "main", "test")]
+    refused("org/gap", "org/gap, row 2", "null")
+    refused("org/name:odd", "Available")
+
+
+def test_no_hub_for_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ResourceError, match="could not be reached"):
+        load_texts("org/name")
+
+
+# Pairs
+
+
+def test_pairs_with_and_without_a_header(write) -> None:
+    for content in ("sentence1,sentence2,score\na,b,4.5\nc,d,0\n", "a,b,4.5\nc,d,0\n", "a,b,4.5\nc,d,0\n ,d,1\n"):
+        pairs = load_pairs(write("a.csv", content))
+        assert (pairs.sentence1, pairs.sentence2, pairs.score) == (["a", "c"], ["b", "d"], [4.5, 0.0])
+    assert pairs.empty == 1
+    path = write("a.jsonl", '{"q": "a", "d": "b", "s": 1}\n')
+    assert load_pairs(path, columns=("q", "d", "s")).score == [1.0]
+    assert len(load_pairs(write("a.csv", "a,b,1\nc,d,2\n"), limit=1)) == 1
+
+
+@pytest.mark.parametrize("score", ["", "x", "nan", "inf", "1_000", "1,5"])
+def test_a_score_has_to_be_a_finite_number(write, score: str) -> None:
+    with pytest.raises(DataError, match=r"a\.csv, line 2"):
+        load_pairs(write("a.csv", f'a,b,1.0\nc,d,"{score}"\n'))
+
+
+@pytest.mark.parametrize("score", ["null", "true", "[1]", "NaN", "1e999", '"x"'])
+def test_a_json_score_has_to_be_a_finite_number(write, score: str) -> None:
+    row = '{"sentence1": "a", "sentence2": "b", "score": %s}\n'
+    with pytest.raises(DataError, match="line 2, column 'score': a finite number"):
+        load_pairs(write("a.jsonl", row % 1 + row % score))
+
+
+def test_pairs_need_three_columns_and_a_row(write) -> None:
+    with pytest.raises(DataError, match="no column 'score'"):
+        load_pairs(write("a.csv", "sentence1,sentence2\na,b\n"))
+    with pytest.raises(DataError, match="no pair"):
+        load_pairs(write("a.csv", "sentence1,sentence2,score\n,b,1\n"))
+    with pytest.raises(DataError, match="several"):
+        load_pairs(str(write("a.csv", "a,b,1\n").with_name("*")) if write("b.csv", "a,b,1\n") else "")
+
+
+# Retrieval
+
+
+CORPUS = '{"_id": "d1", "title": "Cats", "text": "They purr."}\n{"_id": "d2", "text": "Dogs bark."}\n{"_id": "d3", "text": " "}\n'
+QUERIES = '{"id": 1, "text": "who purrs"}\n{"id": "2", "text": "who barks"}\n'
+
+
+@pytest.mark.parametrize(
+    "qrels",
+    [
+        "1 0 d1 2\n1 0 d9 1\n7 0 d1 1\n2 Q0 d2 -1\n",
+        "query-id\tcorpus-id\tscore\n1\td1\t2\n1\td9\t1\n7\td1\t1\n2\td2\t0\n",
+    ],
+)
+def test_retrieval_from_trec_and_beir(write, qrels: str) -> None:
+    found = load_retrieval(write("c.jsonl.gz", CORPUS), write("q.jsonl", QUERIES), write("qrels.tsv", qrels))
+    assert (found.corpus_ids, found.corpus) == (["d1", "d2"], ["Cats They purr.", "Dogs bark."])
+    assert (found.query_ids, found.queries) == (["1", "2"], ["who purrs", "who barks"])
+    assert found.qrels == {"1": {"d1": 2}, "2": {"d2": 0}}
+    assert (found.unknown, found.empty) == (2, 1)
+    assert "2 judgements of unknown ids" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("qrels", "words"),
+    [
+        ("1 0 d1\n", "line 1: expected"),
+        ("1 0 d1 high\n", "line 1: expected"),
+        ("1 0 d1 1\n1 0 d1 2\n", "line 2: 'd1' has grade 2 for query '1', and 1"),
+        ("1 0 x 1\n", "Do the files belong together"),
+        ("", "none of its 0 judgements"),
+    ],
+)
+def test_judgements_that_cannot_be_used(write, qrels: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        load_retrieval(write("c.jsonl", CORPUS), write("q.jsonl", QUERIES), write("qrels.txt", qrels))
+
+
+def test_an_id_given_twice_is_refused(write) -> None:
+    with pytest.raises(DataError, match=r"line 2, column 'id': the id '1' was given before, in line 1"):
+        load_retrieval(
+            write("c.jsonl", '{"id": "1", "text": "a"}\n{"id": 1, "text": "b"}\n'), write("q.jsonl", QUERIES), "x"
+        )
+
+
+# Labels
+
+
+def test_labels_are_numbered_by_the_sorted_names_of_train(write) -> None:
+    train = write("train.csv", "text,category\na,zebra\nb,ant\n ,ant\nc,zebra\n")
+    found = load_labelled(train, write("test.csv", "text,category\nd,ant\n"))
+    assert (found.names, found.labels, found.texts, found.empty) == (["ant", "zebra"], [1, 0, 1], ["a", "b", "c"], 1)
+    assert found.test is not None
+    assert (found.test.labels, found.test.names, len(found.test)) == ([0], ["ant", "zebra"], 1)
+
+
+def test_numbers_are_sorted_as_numbers(write) -> None:
+    rows = "".join(json.dumps({"text": "x", "label": label}) + "\n" for label in (10, 9, 2))
+    assert load_labelled(write("a.jsonl", rows)).names == ["2", "9", "10"]
+
+
+def test_labels_that_cannot_be_used(write) -> None:
+    train = write("train.csv", "text,intent\na,greeting\n")
+    with pytest.raises(DataError, match=r"test\.csv, line 3, .*'greting' does not occur in .* Did you mean greeting\?"):
+        load_labelled(train, write("test.csv", "text,intent\na,greeting\nb,greting\n"))
+    with pytest.raises(DataError, match="line 2, column 'intent': the label is empty"):
+        load_labelled(write("a.csv", "text,intent\na,\n"))
+    with pytest.raises(DataError, match="no column 'label' or 'category' or 'intent'"):
+        load_labelled(write("a.csv", "text,klass\na,b\n"))
+
+
+# Anything at all
+
+
+@few
+@given(st.binary(max_size=300), st.sampled_from(["a.txt", "a.csv", "a.tsv", "a.jsonl", "a.parquet", "a.csv.gz"]))
+def test_any_bytes_give_texts_or_a_data_error(tmp_path: Path, content: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    try:
+        texts = load_texts(tmp_path / name).texts
+    except DistillError as error:
+        message = str(error)
+        assert str(tmp_path) in message
+    else:
+        assert texts
+        assert all(text.strip() and text.encode() and "\0" not in text for text in texts)
+
+
+@few
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(["text", "id"]), st.none() | st.floats() | st.text(max_size=5)), max_size=6
+    )
+)
+def test_any_objects_give_texts_or_a_data_error(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for load in (load_texts, load_pairs, load_labelled, lambda path: load_retrieval(path, path, path)):
+        try:
+            load(path)
+        except DataError as error:
+            message = str(error)
+            assert "a.jsonl" in message
+
+
+@few
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=1, max_size=6))
+def test_every_sound_text_survives_each_format(tmp_path: Path, texts: list[str]) -> None:
+    sheet = io.StringIO()
+    csv.writer(sheet).writerows([["text", "n"], *([text, "1"] for text in texts)])
+    (tmp_path / "a.csv").write_bytes(sheet.getvalue().encode())
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    expected = list(dict.fromkeys(text for text in texts if text.strip()))
+    for source in (tmp_path / "a.csv", tmp_path / "a.jsonl", texts, parquet(tmp_path, {"text": texts})):
+        if expected:
+            assert load_texts(source).texts == expected
+        else:
+            refused(source, "no text to use")
+
+
+# The real files
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "first"),
+    [
+        ("stsb-en-train.csv.gz", 5749, "A plane is taking off."),
+        ("stsb-en-dev.csv", 1500, "A man with a hard hat is dancing."),
+        ("banking77-train.csv", 10003, "I am still waiting on my card?"),
+        ("banking77-test.csv", 3080, None),
+        ("cacm-docs.jsonl.gz", 3204, None),
+        ("cacm-queries.jsonl", 64, None),
+        ("oewn-glosses.jsonl.gz", 107530, None),
+        ("oewn-examples.txt.gz", 50024, "able to swim"),
+        ("wiki-sentences.txt.gz", 14750, None),
+    ],
+)
+def test_real_texts(real, name: str, rows: int, first: str | None) -> None:
+    found = load_texts(real(name))
+    assert found.report.rows == rows
+    assert first is None or found.texts[0] == first
+
+
+def test_real_pairs(real) -> None:
+    assert (len(load_pairs(real("stsb-en-train.csv.gz"))), len(load_pairs(real("stsb-en-dev.csv")))) == (5749, 1500)
+
+
+def test_real_labels(real) -> None:
+    found = load_labelled(real("banking77-train.csv"), real("banking77-test.csv"))
+    assert (len(found), len(found.names), set(found.labels)) == (10003, 77, set(range(77)))
+    assert found.test is not None
+    assert len(found.test) == 3080
+
+
+def test_real_retrieval(real) -> None:
+    found = load_retrieval(real("cacm-docs.jsonl.gz"), real("cacm-queries.jsonl"), real("cacm-qrels.txt"))
+    assert (len(found.corpus), len(found.queries), len(found.qrels)) == (3204, 64, 52)
