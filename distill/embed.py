@@ -233,10 +233,8 @@ def _not_writable(path: Path, error: OSError) -> ResourceError:
 
 
 def _single_tokens(teacher: Encoder, names: Sequence[str]) -> Tokenized:
-    """Each token id alone, between the special tokens that this tokenizer puts around a text."""
-    tokenizer = teacher.tokenizer
-    rows = [tokenizer.build_inputs_with_special_tokens([int(name)]) for name in names]
-    return Tokenized(Tokens.from_lists(rows), [False] * len(rows), [False] * len(rows))
+    tokens = teacher.single_tokens([int(name) for name in names])
+    return Tokenized(tokens, [False] * len(names), [False] * len(names))
 
 
 def _flags(vectors: np.ndarray, empty: np.ndarray) -> np.ndarray:

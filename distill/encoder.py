@@ -139,6 +139,24 @@ class Encoder(nn.Module):
                     bar.update(len(index))
         return vectors
 
+    @torch.inference_mode()
+    def encode_vocabulary(self) -> Float[Tensor, "v width"]:
+        """The vector of each token of the vocabulary, alone between the special tokens. Cost: one short text a token."""
+        with _eval_mode(self):
+            ids = torch.arange(len(self.tokenizer)).split(512)
+            parts = [
+                self.compute(self.single_tokens(part.tolist())).cpu()
+                for part in tqdm(ids, desc="tokens", delay=2, disable=None)
+            ]
+        return torch.cat(parts)
+
+    def single_tokens(self, ids: Sequence[int]) -> Tokens:
+        """Texts of one token each, between the special tokens that this tokenizer puts around a text."""
+        probe = self.tokenizer("a", return_special_tokens_mask=True)
+        special, around = probe["special_tokens_mask"], probe["input_ids"]
+        first, last = special.index(0), len(special) - special[::-1].index(0)
+        return Tokens.from_lists([[*around[:first], token, *around[last:]] for token in ids])
+
     def compute(self, tokens: Tokens) -> Float[Tensor, "b width"]:
         """One forward pass at this encoder's compute dtype, float32 out."""
         enabled = self.compute_dtype == "bfloat16"

@@ -39,3 +39,11 @@ class ResourceError(DistillError, OSError):
     """The machine or the hub said no: disk, permission, network."""
 
     exit_code = 6
+
+
+class Stopped(DistillError):
+    """The run was asked to stop (Ctrl-C: 130, SIGTERM: 143); its state is saved and it can be resumed."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

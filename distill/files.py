@@ -57,13 +57,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    digest = hashlib.sha256()
+    total = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
-            digest.update(block)
+            total.update(block)
             if progress:
                 progress(len(block))
-    return digest.hexdigest()
+    return total.hexdigest()
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _sync(path: Path) -> None:

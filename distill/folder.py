@@ -5,7 +5,8 @@ Module types are written as `sentence_transformers.models.NAME`, the path that 5
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def _write_static(parts: Parts, folder: Path) -> None:
 
 
 def _write_transformer(parts: Parts, folder: Path) -> None:
-    parts.backbone.model.save_pretrained(folder, safe_serialization=True)
+    with _quiet_transformers():
+        parts.backbone.model.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)
     files.write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": parts.max_length, "do_lower_case": parts.lowercase}
@@ -161,8 +163,9 @@ def _read_transformer(folder: Path, pooling_folder: Path | None, options: dict[s
     from transformers import AutoModel, AutoTokenizer
 
     settings = _read_json(folder / "sentence_bert_config.json", {})
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    with _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     config = model.config
     positions = getattr(config, "max_position_embeddings", None)
     limits = [int(limit) for limit in (tokenizer.model_max_length, positions) if limit and 0 < limit < UNLIMITED]
@@ -172,6 +175,22 @@ def _read_transformer(folder: Path, pooling_folder: Path | None, options: dict[s
     backbone = TransformerBackbone(model, pooling, pad_id=int(pad), padding_side=tokenizer.padding_side)
     lowercase = bool(settings.get("do_lower_case"))
     return Parts(backbone=backbone, tokenizer=tokenizer, max_length=max_length, lowercase=lowercase, **options)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar for a second's work, and no report of heads that an encoder does not have."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _read_pooling(folder: Path | None, hidden: int, prompts: Mapping[str, str]) -> Pooling:
