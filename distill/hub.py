@@ -172,6 +172,8 @@ def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> Model
             log.warning("%s: without an answer from the Hub, the cached commit %s is used", name, snapshot.commit)
             return hub.pin(snapshot, revision)
         if not revision and (package := _from_package(name, hub.root)):
+            if commit := hub.pinned_commit(name):
+                log.warning("%s: the pinned commit %s is out of reach; the installed package is used", name, commit)
             return hub.pin(package, revision)
     raise ResourceError(_explain(failure, names, revision)) from failure
 

@@ -48,6 +48,9 @@ class FakeHub(ThreadingHTTPServer):
         self.delay = 0.0
         self.cut = False
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up in the middle is part of the tests."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
@@ -471,6 +474,15 @@ def test_the_installed_package_serves_where_no_hub_is(
     assert resolve_model("all-MiniLM-L6-v2", cache_dir=tmp_path).origin == "package"
     assert resolve_model("all-MiniLM-L6-v2", revision="main", cache_dir=tmp_path).commit == FIRST
     assert resolve_model("all-MiniLM-L6-v2", cache_dir=tmp_path).commit == FIRST
+
+
+def test_a_package_stands_in_for_a_pinned_commit_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    needs(name)
+    (tmp_path / "pins.json").write_text(json.dumps({f"{name}@main": {"commit": FIRST}}))
+    assert resolve_model(name, cache_dir=tmp_path, offline=True).origin == "package"
+    assert FIRST in caplog.text
+    assert json.loads((tmp_path / "pins.json").read_text())[f"{name}@main"] == {"commit": FIRST}
 
 
 def test_a_hub_that_hangs_does_not_hold_up_an_installed_package(server: FakeHub, tmp_path: Path) -> None:
