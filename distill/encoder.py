@@ -103,6 +103,8 @@ class Encoder(nn.Module):
         return self.prompts.get(name or "", "")
 
     def tokenize(self, texts: Sequence[str], *, prompt: str = "") -> Tokenized:
+        if not texts:
+            return Tokenized(Tokens.from_lists([]), [], [])
         texts = [prompt + text for text in texts]
         texts = [text.lower() for text in texts] if self.lowercase else texts
         if isinstance(self.backbone, StaticTable):
