@@ -1,6 +1,7 @@
 """Shapes in distill's signatures are checked here and nowhere else: the hook must come before the first import."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -20,3 +21,48 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model("bert", layers=2, pooling=["cls"])` is the folder that tests/tiny.py writes for it, once a session; read only."""
+    import tiny
+
+    made: dict[str, Path] = {}
+
+    def make(kind: str, **options: object) -> Path:
+        key = repr((kind, sorted(options.items())))
+        if key not in made:
+            made[key] = getattr(tiny, kind)(tmp_path_factory.mktemp("models") / kind, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tiny_model: Callable[..., Path]) -> Path:
+    """A teacher: 6 layers of width 32, mean, Normalize."""
+    return tiny_model("bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_cls(tiny_model: Callable[..., Path]) -> Path:
+    """First token, Dense(32, 24) with tanh, Normalize."""
+    return tiny_model("bert_cls_dense")
+
+
+@pytest.fixture(scope="session")
+def tiny_mpnet(tiny_model: Callable[..., Path]) -> Path:
+    """A teacher: 6 layers of width 32, relative positions, mean, Normalize."""
+    return tiny_model("mpnet")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tiny_model: Callable[..., Path]) -> Path:
+    """A decoder of 4 layers, last token, Normalize; pads on the right, and `tiny_qwen_left` on the left."""
+    return tiny_model("qwen")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_left(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("qwen", padding_side="left")
