@@ -5,7 +5,6 @@ rows live and everybody else's as constants: the gradient of its own rows is the
 that compare student with student, no collective runs backward, and a factor of the process count undoes DDP's mean.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
-def start() -> torch.device:
-    """Join the other processes, if a launcher started any (accelerate launch, torchrun), and return this one's device."""
+def device() -> torch.device:
+    """This process's device. The first call joins the other processes, if a launcher started any (accelerate launch, torchrun)."""
     from accelerate import PartialState
 
     return PartialState().device
@@ -59,16 +58,21 @@ def agree(value: Any) -> Any:
 
 def main_first(action: Callable[[], Any]) -> Any:
     """Run `action` on the main process and hand its result to all. What it raises is raised on every process."""
-    result, error = None, None
-    if is_main():
-        try:
-            result = action()
-        except Exception as raised:
-            error = raised
-    result, error = agree((result, error))
-    if error is not None:
-        raise error
-    return result
+    result, error = _attempt(action) if is_main() else (None, None)
+    value, raised = agree((result, _portable(error)))
+    if error or raised:
+        raise error or raised
+    return value
+
+
+def everywhere(action: Callable[[], Any]) -> list[Any]:
+    """Run `action` on every process; its results in rank order. If it raises on one, all raise: nobody waits for the lost one."""
+    result, error = _attempt(action)
+    outcomes = gather_objects((result, _portable(error)))
+    raised = next((other for _, other in outcomes if other), None)
+    if error or raised:
+        raise error or raised
+    return [value for value, _ in outcomes]
 
 
 def any_process(flag: bool, device: torch.device | None = None) -> bool:
@@ -85,12 +89,15 @@ def share(count: int) -> range:
     return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
 
 
-def gather_rows(rows: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "g *d"]:
-    """Rows of all processes in rank order, without gradient. Sizes may differ. Cost: one all-gather, padded to the largest."""
+def gather_rows(rows: Shaped[Tensor, "b *d"], sizes: Sequence[int] | None = None) -> Shaped[Tensor, "g *d"]:
+    """Rows of all processes in rank order, without gradient. Cost: one all-gather, padded to the largest.
+
+    Sizes may differ; if they are not given they are gathered first.
+    """
     rows = rows.detach()
     if world_size() == 1:
         return rows
-    sizes = _sizes(rows)
+    sizes = _sizes(rows) if sizes is None else sizes
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -112,15 +119,30 @@ def global_loss(
     `bank` and `bank_keys` must be the same on every process. They, and `keys`, go to losses that have `uses_bank`.
     Cost: an all-gather of both sides forward, nothing backward, and the loss of all rows on every process.
     """
+    sizes = [len(student)] if world_size() == 1 else _sizes(student)
     columns: dict[str, Tensor | None] = {}
     if getattr(loss, "uses_bank", False):
-        columns = {"bank": bank, "keys": None if keys is None else gather_rows(keys), "bank_keys": bank_keys}
+        columns = {"bank": bank, "keys": None if keys is None else gather_rows(keys, sizes), "bank_keys": bank_keys}
     if world_size() == 1:
         return loss(student, teacher, **columns)
-    everyone = list(gather_rows(student).split(_sizes(student)))
+    everyone = list(gather_rows(student, sizes).split(sizes))
     everyone[rank()] = student
-    value = loss(torch.cat(everyone), gather_rows(teacher), **columns)
+    value = loss(torch.cat(everyone), gather_rows(teacher, sizes), **columns)
     return value.detach() + world_size() * (value - value.detach())
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """What other processes can be told: an exception of a library may not survive the journey."""
+    if error is None or type(error).__module__ in ("builtins", "distill.errors"):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _sizes(rows: Tensor) -> list[int]:
@@ -130,9 +152,10 @@ def _sizes(rows: Tensor) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def launched_processes() -> int:
-    """How many processes the launcher said it started, before any of them joined."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def finish() -> None:
+    """Leave the group of processes, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def concatenate(parts: Sequence[list[Any]]) -> list[Any]:

@@ -1,0 +1,106 @@
+"""Hand a student over: a folder that SentenceTransformer(path) opens, with a model card that says what it is."""
+
+import importlib.metadata
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill import files, folder
+from distill.encoder import Encoder
+from distill.evaluation import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a student comes from."""
+
+    teacher: Encoder
+    data: str
+    loss: str
+    command: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        versions = {
+            name: importlib.metadata.version(name) for name in ("distill", "torch", "transformers", "accelerate")
+        }
+        return {
+            "teacher": self.teacher.name,
+            "teacher_commit": self.teacher.commit,
+            "teacher_parameters": self.teacher.parameter_count,
+            "teacher_fingerprint": self.teacher.fingerprint(),
+            "data": self.data,
+            "loss": self.loss,
+            "command": self.command or this_command(),
+            "versions": versions,
+        }
+
+
+def export(
+    student: Encoder,
+    path: str | Path,
+    *,
+    provenance: Provenance,
+    scores: Scores | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write `student` with README.md (the model card) and distill.json (provenance and scores). It appears whole or not at all.
+
+    The folder opens in sentence-transformers 5.4 and later without remote code. One process calls it.
+    """
+    path = Path(path)
+    record = provenance.as_json() | (scores.as_json() if scores else {})
+    with files.published_folder(path) as temporary:
+        folder.write(student.parts(), temporary)
+        (temporary / "README.md").write_text(str(_card(student, path, record, scores, license)), encoding="utf-8")
+        (temporary / "distill.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def usage(path: str | Path) -> str:
+    """The three lines that use an exported student."""
+    return (
+        "from sentence_transformers import SentenceTransformer\n"
+        f'student = SentenceTransformer("{path}")\n'
+        'vectors = student.encode(["a query for the index you already have"])'
+    )
+
+
+def this_command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def _card(student: Encoder, path: Path, record: dict[str, Any], scores: Scores | None, license: str | None) -> Any:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="feature-extraction",
+            dataset_type="distill",
+            dataset_name="evaluation",
+            metric_type=metric,
+            metric_value=round(score.interval.value, 4),
+        )
+        for metric, score in (scores.table.get("student", {}).items() if scores else ())
+    ]
+    data = ModelCardData(
+        model_name=student.name,
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        tags=["sentence-transformers", "distill", "knowledge-distillation"],
+        license=license,
+        eval_results=results or None,
+    )
+    commit = f" at commit `{record['teacher_commit']}`" if record["teacher_commit"] else ""
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n\n# {student.name}",
+        f"A student of **{record['teacher']}**{commit}, in the teacher's own vector space (width {student.width}): an index of the teacher's vectors stays, "
+        f"only the encoder is swapped. {student.parameter_count / 1e6:.1f}M parameters against the teacher's {record['teacher_parameters'] / 1e6:.1f}M.",
+        f"## Use\n\n```python\n{usage(path)}\n```",
+        f"## Scores\n\nValue and bootstrap 95 % interval.\n\n```\n{scores}\n```" if scores else "",
+        f"## How it was made\n\n- texts: {record['data']}\n- loss: {record['loss']}\n- command: `{record['command']}`\n"
+        f"- versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}",
+    ]
+    return ModelCard("\n\n".join(section for section in sections if section) + "\n")

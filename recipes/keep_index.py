@@ -1,0 +1,72 @@
+"""Keep your index: its documents stay the teacher's vectors, and only the query encoder becomes small.
+
+The student reads queries and documents in their roles, and is pulled to find each text's teacher vector among a bank.
+
+    accelerate launch recipes/keep_index.py --documents docs.jsonl --queries queries.jsonl --evaluation.corpus docs.jsonl \\
+        --evaluation.queries dev-queries.jsonl --evaluation.qrels dev-qrels.txt
+"""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distill import cli
+from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, hold_out
+from distill.data import load_texts
+from distill.embed import embed
+from distill.evaluation import evaluate
+from distill.examples import match
+from distill.export import Provenance
+from distill.losses import CosineDistance, CrossContrastive, WeightedSum
+from distill.report import finish
+from distill.training import TrainConfig, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    documents: tuple[str, ...]
+    """Texts of the index: files, globs, or Hub data sets."""
+    queries: tuple[str, ...] = ()
+    """Texts like the queries that will come; not those of the evaluation. Without them the documents stand in."""
+    column: str | None = None
+    """Column of the texts in both."""
+    limit: int | None = None
+    """Train on this many documents, and as many queries, at most."""
+    held_out: int = 500
+    """Documents kept for the fidelity report."""
+    store: Path | None = None
+    """Folder of the teacher's vectors; `python -m distill.embed` takes over those of an index that exists."""
+    output: Path = Path("runs/keep_index")
+    """Folder of the run."""
+    temperature: float = 0.05
+    """Of the contrastive term."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, bank_size=4096))
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def main(recipe: Recipe) -> None:
+    cli.record(recipe, recipe.output)
+    read = load_texts(recipe.documents, column=recipe.column, limit=recipe.limit)
+    documents, held_out = hold_out(read.texts, recipe.held_out)
+    texts = {"document": documents}
+    if recipe.queries:
+        texts["query"] = load_texts(recipe.queries, column=recipe.column, limit=recipe.limit).texts
+    cli.say(read.report)
+
+    teacher = recipe.teacher.load()
+    for role, some in texts.items():
+        store = embed(some, teacher, recipe.store, role=role)
+    student = recipe.student.build(teacher, store, [text for some in texts.values() for text in some])
+    start = copy.deepcopy(student)
+    loss = WeightedSum({"cosine": CosineDistance(), "contrastive": CrossContrastive(temperature=recipe.temperature)})
+    run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
+
+    data = recipe.evaluation.load(held_out)
+    scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
+    finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(loss)))
+
+
+if __name__ == "__main__":
+    cli.run(main, Recipe)

@@ -1,0 +1,79 @@
+"""The main job in minutes, with nothing but installed packages: a 768-d teacher, the docstrings on this machine, a student.
+
+accelerate launch recipes/quickstart.py
+accelerate launch recipes/quickstart.py --student layers --steps 200
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distill import cli
+from distill.config import StudentConfig, TeacherConfig
+from distill.docstrings import docstring_pairs
+from distill.embed import embed
+from distill.errors import RecipeError
+from distill.evaluation import EvaluationData, evaluate
+from distill.examples import match
+from distill.export import Provenance
+from distill.losses import CrossContrastive
+from distill.report import finish
+from distill.training import TrainConfig, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Docstrings (summary and description) of the installed packages -> teacher vectors -> student -> report."""
+
+    teacher: str = TeacherConfig.name
+    """768-d model: a local folder, a Hub name, or an installed weight package."""
+    texts: int = 4000
+    """Texts to train on."""
+    held_out: int = 400
+    """Pairs of summary and description kept for the report, from packages that are not trained on."""
+    student: Literal["static", "layers"] = "static"
+    """static: a table of token vectors; layers: a transformer that keeps layers 0, 1 and 11 of the teacher."""
+    steps: int | None = None
+    """Optimizer steps; None: 10 passes over the texts for a static student, 1 for layers."""
+    output: Path = Path("runs/quickstart")
+    """Folder of the run."""
+    store: Path | None = None
+    """Folder of the teacher's vectors; None: in the cache, by teacher. A second run reads them."""
+    seed: int = 0
+    """Of the choice of texts and their order."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the output folder."""
+
+    def __post_init__(self) -> None:
+        if self.texts < 16 or self.held_out < 16:
+            raise RecipeError(f"--texts and --held-out are 16 or more, got {self.texts} and {self.held_out}.")
+
+    def training(self) -> TrainConfig:
+        common = {"steps": self.steps, "seed": self.seed, "resume": self.resume}
+        if self.student == "static":
+            return TrainConfig(epochs=10, batch_size=256, learning_rate=1e-3, bank_size=4096, **common)
+        return TrainConfig(epochs=1, batch_size=32, learning_rate=3e-4, bank_size=4096, **common)
+
+
+def main(recipe: Recipe) -> None:
+    cli.record(recipe, recipe.output)
+    pairs = recipe.texts // 2 + recipe.held_out
+    learned, held_out = docstring_pairs(limit=pairs, seed=recipe.seed).split(recipe.held_out / pairs, seed=recipe.seed)
+    texts = learned.texts()[: recipe.texts]
+    cli.say(f"training on {len(texts):,} texts of {learned}\nheld out: {held_out}")
+
+    teacher = TeacherConfig(name=recipe.teacher).load()
+    store = embed(texts, teacher, recipe.store)
+    student = StudentConfig(kind=recipe.student).build(teacher, store, texts)
+    start = copy.deepcopy(student)
+    loss = CrossContrastive(temperature=0.05)
+    run = train(student, match(texts, student, teacher, store), store, loss, recipe.training(), output=recipe.output)
+
+    data = EvaluationData(texts=held_out.texts(), retrieval={"": held_out.retrieval()})
+    scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
+    finish(run, scores, Provenance(teacher=teacher, data=f"docstrings: {learned}", loss=repr(loss)))
+
+
+if __name__ == "__main__":
+    cli.run(main, Recipe)
