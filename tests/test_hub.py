@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from distill import hub
+from distill import packages
 from distill.errors import IntegrityError, ResourceError
 from distill.files import sha256
-from distill.hub import PACKAGES, WeightPackage, assemble, cache_home, dataset_commit, resolve_model
+from distill.hub import cache_home, dataset_commit, resolve_model
+from distill.packages import PACKAGES, WeightPackage, assemble
 
 FIRST, SECOND = "a" * 40, "b" * 40
 FILES = {
@@ -432,8 +433,8 @@ def test_damaged_parts_leave_nothing_behind(tmp_path: Path, damage: str) -> None
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, package = small_package(tmp_path, SOUND)
-    usage = hub.shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: usage)
+    usage = packages.shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(packages.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ResourceError, match="MB are needed") as caught:
         assemble(parts, tmp_path / "models" / "m", package)
     assert "DISTILL_HOME" in str(caught.value)
