@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from distill import files, folder, hub
-from distill.errors import RecipeError
+from distill.errors import DataError, RecipeError
 from distill.folder import UNLIMITED, Parts
 from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone
 
@@ -52,9 +54,15 @@ class Encoder(nn.Module):
         commit: str | None = None,
     ):
         super().__init__()
-        self.backbone, self.head = backbone, nn.Sequential(*head)
+        self.backbone: TransformerBackbone | StaticTable = backbone
+        self.head = nn.Sequential(*head)
         self.tokenizer, self.max_length, self.lowercase = tokenizer, max_length, lowercase
         self.prompts, self.default_prompt_name = dict(prompts or {}), default_prompt_name
+        if default_prompt_name and default_prompt_name not in {"query", "document", *self.prompts}:
+            raise RecipeError(
+                f"{name}: the default prompt is {default_prompt_name!r}, but there is none of that name; there are "
+                f"{', '.join(self.prompts) or 'none'}."
+            )
         self.compute_dtype: ComputeDtype = compute_dtype
         self.name, self.commit = name, commit
 
@@ -78,8 +86,9 @@ class Encoder(nn.Module):
         parts = vars(folder.read(source.path))
         encoder = cls(**parts, compute_dtype=compute_dtype, name=source.name, commit=source.commit)
         if max_length is not None:
-            if not 1 <= max_length <= encoder.max_length:
-                raise RecipeError(f"max_length is 1..{encoder.max_length} tokens for {name}, got {max_length}.")
+            least = encoder.special_token_count + 1
+            if not least <= max_length <= encoder.max_length:
+                raise RecipeError(f"max_length is {least}..{encoder.max_length} tokens for {name}, got {max_length}.")
             encoder.max_length = max_length
         return encoder.eval()
 
@@ -97,16 +106,28 @@ class Encoder(nn.Module):
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @property
+    def special_token_count(self) -> int:
+        """Tokens that stand around every text; they count towards max_length."""
+        return 0 if isinstance(self.backbone, StaticTable) else self.tokenizer.num_special_tokens_to_add()
+
     def prompt(self, role: str | None) -> str:
-        """The text put before every text of a role ("query", "document"); the default prompt for a role without one."""
-        name = role if role in self.prompts else self.default_prompt_name
-        return self.prompts.get(name or "", "")
+        """The text put before every text of a role, as sentence-transformers chooses it.
+
+        "query" and "document" have none unless it is named; without a role, or for one that has none, the default prompt.
+        """
+        prompts = {"query": "", "document": ""} | self.prompts
+        return prompts.get(role or "", prompts.get(self.default_prompt_name or "", ""))
 
     def tokenize(self, texts: Sequence[str], *, prompt: str = "") -> Tokenized:
-        if not texts:
+        """The tokens of texts, cut at max_length. A text that is no str, or no Unicode, is a DataError that names it."""
+        if isinstance(texts, str):
+            raise DataError(f"a list of texts is expected, got one text, {texts[:60]!r}. Put it in a list.")
+        if not len(texts):
             return Tokenized(Tokens.from_lists([]), [], [])
+        _check_texts(texts)
         texts = [prompt + text for text in texts]
-        texts = [text.lower() for text in texts] if self.lowercase else texts
+        texts = self._lowered(texts) if self.lowercase else texts
         if isinstance(self.backbone, StaticTable):
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
             ids = [encoding.ids[: self.max_length] for encoding in encodings]
@@ -120,10 +141,16 @@ class Encoder(nn.Module):
         empty = [all(special) for special in batch["special_tokens_mask"]]
         return Tokenized(Tokens.from_lists(batch["input_ids"]), overflow, empty)
 
+    def _lowered(self, texts: Sequence[str]) -> list[str]:
+        """Lower case as tokenizers make it: character by character (no final sigma), special tokens left alone."""
+        special = re.compile("(" + "|".join(map(re.escape, self.tokenizer.all_special_tokens)) + ")")
+        # What stands at odd places is a special token.
+        return ["".join(part if i % 2 else _lower(part) for i, part in enumerate(special.split(t))) for t in texts]
+
     def forward(self, tokens: Tokens) -> Float[Tensor, "b width"]:
         return self.head(self.backbone(tokens))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(
         self, texts: Sequence[str], *, role: str | None = None, progress: str | None = None
     ) -> Float[Tensor, "n width"]:
@@ -141,7 +168,7 @@ class Encoder(nn.Module):
                     bar.update(len(index))
         return vectors
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_vocabulary(self) -> Float[Tensor, "v width"]:
         """The vector of each token of the vocabulary, alone between the special tokens. Cost: one short text a token."""
         with _eval_mode(self):
@@ -195,21 +222,43 @@ class Encoder(nn.Module):
         )
 
 
-class _eval_mode:
-    def __init__(self, module: nn.Module):
-        self.module = module
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode, and each part's own mode again afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
-    def __enter__(self) -> None:
-        self.was_training = self.module.training
-        self.module.eval()
 
-    def __exit__(self, *_: object) -> None:
-        self.module.train(self.was_training)
+def _check_texts(texts: Sequence[str]) -> None:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"text {number} is {type(text).__name__} {text!r:.60}; a str is expected.")
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"text {number} holds half a surrogate pair at character {error.start}: {text[:60]!r}. It was cut "
+                    "in the middle of a character; text.encode('utf-8', 'replace').decode() replaces such halves."
+                ) from None
 
 
-def _hash_state(module: nn.Module) -> str:
+def _lower(text: str) -> str:
+    return text.lower() if text.isascii() else "".join(map(str.lower, text))
+
+
+def _hash_state(encoder: Encoder) -> str:
+    state = encoder.state_dict()
+    if isinstance(encoder.backbone, StaticTable):  # what is saved, and all that a vector depends on
+        state = {name: value for name, value in state.items() if not name.startswith("backbone.")}
+        state["backbone.table"] = encoder.backbone.folded()
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -230,7 +279,7 @@ def _tokenizer_json(tokenizer: Any) -> str:
 def _config_json(backbone: nn.Module) -> str:
     if not isinstance(backbone, TransformerBackbone):
         return "static"
-    noise = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    noise = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
     config = {key: value for key, value in backbone.model.config.to_dict().items() if key not in noise}
     return json.dumps(config, sort_keys=True, default=str)
 

@@ -3,15 +3,15 @@
 Module types are written as `sentence_transformers.models.NAME`, the path that 5.4 and 6.x both open without remote code.
 """
 
-import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -45,9 +45,11 @@ class Parts:
 
 
 def write(parts: Parts, folder: Path) -> None:
-    """Write the files of an encoder into an existing, empty folder."""
-    static = isinstance(parts.backbone, StaticTable)
-    names = ["StaticEmbedding"] if static else ["Transformer", "Pooling"]
+    """Write the files of an encoder into an existing, empty folder. RecipeError for a layer that such a folder cannot hold."""
+    for layer in parts.head:
+        _check_writable(layer)
+    backbone = parts.backbone
+    names = ["StaticEmbedding"] if isinstance(backbone, StaticTable) else ["Transformer", "Pooling"]
     names += [type(layer).__name__ for layer in parts.head]
     modules = [
         {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
@@ -55,7 +57,10 @@ def write(parts: Parts, folder: Path) -> None:
     ]
     for module in modules[1:]:
         (folder / str(module["path"])).mkdir()
-    (_write_static if static else _write_transformer)(parts, folder)
+    if isinstance(backbone, StaticTable):
+        _write_static(backbone, parts, folder)
+    else:
+        _write_transformer(backbone, parts, folder)
     for module, layer in zip(modules[len(modules) - len(parts.head) :], parts.head, strict=True):
         if isinstance(layer, Dense):
             _write_dense(layer, folder / str(module["path"]))
@@ -75,8 +80,8 @@ def write(parts: Parts, folder: Path) -> None:
     )
 
 
-def _write_static(parts: Parts, folder: Path) -> None:
-    save_file({"embedding.weight": parts.backbone.folded().contiguous().cpu()}, folder / "model.safetensors")
+def _write_static(backbone: StaticTable, parts: Parts, folder: Path) -> None:
+    save_file({"embedding.weight": backbone.folded().contiguous().cpu()}, folder / "model.safetensors")
     tokenizer = Tokenizer.from_str(parts.tokenizer.to_str())
     tokenizer.no_padding()
     if parts.max_length < UNLIMITED:
@@ -84,15 +89,17 @@ def _write_static(parts: Parts, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def _write_transformer(parts: Parts, folder: Path) -> None:
+def _write_transformer(backbone: TransformerBackbone, parts: Parts, folder: Path) -> None:
     with _quiet_transformers():
-        parts.backbone.model.save_pretrained(folder)
+        backbone.model.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)
     files.write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": parts.max_length, "do_lower_case": parts.lowercase}
     )
-    pooling = parts.backbone.pooling
-    modes = {key: mode in pooling.modes for key, mode in _LEGACY_POOLING.items()}
+    pooling = backbone.pooling
+    modes: dict[str, Any] = {key: mode in pooling.modes for key, mode in _LEGACY_POOLING.items()}
+    if _legacy_modes(modes) != list(pooling.modes):  # booleans, which all versions read, have one order
+        modes = {"pooling_mode": list(pooling.modes)}
     files.write_json(
         folder / "1_Pooling" / "config.json",
         {"word_embedding_dimension": pooling.hidden} | modes | {"include_prompt": True},
@@ -112,28 +119,66 @@ def _write_dense(layer: Dense, folder: Path) -> None:
     save_file(state, folder / "model.safetensors")
 
 
+def _check_writable(layer: nn.Module) -> None:
+    """Refuse what would be read as something else: a foreign layer, and an activation with options or code of its own."""
+    if not isinstance(layer, Dense | Normalize):
+        raise RecipeError(
+            f"a model folder holds Dense and Normalize layers behind the backbone, not {type(layer).__name__}. "
+            "Fold it into a Dense layer, or take it off before saving."
+        )
+    if isinstance(layer, Dense):
+        kind = type(layer.activation)
+        plain = kind.__module__.startswith("torch.nn.modules.") and not [*layer.activation.parameters()]
+        if not plain or repr(layer.activation) != repr(kind()):
+            raise RecipeError(
+                f"a Dense layer is saved with a torch.nn activation at its defaults, not {layer.activation!r}."
+            )
+
+
 def read(folder: Path) -> Parts:
     """Read a model folder. A module that is not known raises RecipeError, a damaged file IntegrityError."""
-    modules = _read_json(folder / "modules.json", [{"path": "", "type": "sentence_transformers.models.Transformer"}])
-    kinds = [_kind(module.get("type", ""), folder) for module in modules]
+    modules = _modules(folder)
+    kinds = [kind for kind, _ in modules]
+    start = 1 if kinds[0] == "StaticEmbedding" or kinds == ["Transformer"] else 2
+    if kinds[:start] not in (["StaticEmbedding"], ["Transformer"], ["Transformer", "Pooling"]) or {*kinds[start:]} - {
+        "Dense",
+        "Normalize",
+    }:
+        raise RecipeError(
+            f"{folder} holds {' > '.join(kinds)}; expected Transformer > Pooling, or StaticEmbedding, and then "
+            "any Dense and Normalize."
+        )
     settings = _read_json(folder / "config_sentence_transformers.json", {})
+    if settings.get("truncate_dim"):
+        raise RecipeError(
+            f"{folder}/config_sentence_transformers.json cuts vectors to truncate_dim={settings['truncate_dim']}, which "
+            "distill does not do. Set it to null to use whole vectors."
+        )
     options: dict[str, Any] = {
-        "prompts": {role: text for role, text in (settings.get("prompts") or {}).items() if text},
+        "prompts": {role: text or "" for role, text in (settings.get("prompts") or {}).items()},
         "default_prompt_name": settings.get("default_prompt_name"),
-        "head": [
-            _read_layer(kind, folder / module["path"])
-            for kind, module in zip(kinds, modules, strict=True)
-            if kind in ("Dense", "Normalize")
-        ],
+        "head": [_read_layer(kind, path) for kind, path in modules[start:]],
     }
     if kinds[0] == "StaticEmbedding":
-        return _read_static(folder / modules[0]["path"], options)
-    pooling = next((folder / m["path"] for kind, m in zip(kinds, modules, strict=True) if kind == "Pooling"), None)
-    if kinds[0] != "Transformer" or (pooling is None and len(kinds) > 1):
-        raise RecipeError(
-            f"{folder} holds {' > '.join(kinds)}; expected Transformer > Pooling > ... or StaticEmbedding > ..."
-        )
-    return _read_transformer(folder / modules[0]["path"], pooling, options)
+        return _read_static(modules[0][1], options)
+    return _read_transformer(modules[0][1], modules[1][1] if start == 2 else None, options)
+
+
+def _modules(folder: Path) -> list[tuple[str, Path]]:
+    """Kind and folder of each module, in their order."""
+    bare = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    modules = _read_json(folder / "modules.json", bare, list)
+    found = []
+    for module in modules:
+        path = module.get("path") if isinstance(module, dict) else None
+        if not isinstance(path, str) or not isinstance(module.get("type"), str):
+            raise IntegrityError(f"{folder}/modules.json: a module has a path and a type, got {module!r}.")
+        if PurePosixPath(path).is_absolute() or ".." in path.replace("\\", "/").split("/"):
+            raise RecipeError(f"{folder}/modules.json points outside the folder, to {path!r}.")
+        found.append((_kind(module["type"], folder), folder / path))
+    if not found:
+        raise IntegrityError(f"{folder}/modules.json names no module. Fetch the model again.")
+    return found
 
 
 def _kind(type_path: str, folder: Path) -> str:
@@ -148,33 +193,80 @@ def _kind(type_path: str, folder: Path) -> str:
 
 
 def _read_static(folder: Path, options: dict[str, Any]) -> Parts:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise IntegrityError(f"{folder}/tokenizer.json cannot be read ({error}). Fetch the model again.") from error
     truncation = tokenizer.truncation
     tokenizer.no_padding()
     tokenizer.no_truncation()
     state = _load_weights(folder)
     if "embedding.weight" not in state:
         raise IntegrityError(f"{folder}/model.safetensors has no embedding.weight; it holds {', '.join(state)}.")
+    table = state["embedding.weight"]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= len(table):
+        raise IntegrityError(f"{folder} has {len(table)} token vectors, and its tokenizer has ids up to {largest}.")
     limit = truncation["max_length"] if truncation else UNLIMITED
-    return Parts(backbone=StaticTable(state["embedding.weight"]), tokenizer=tokenizer, max_length=limit, **options)
+    return Parts(backbone=StaticTable(table), tokenizer=tokenizer, max_length=limit, **options)
 
 
 def _read_transformer(folder: Path, pooling_folder: Path | None, options: dict[str, Any]) -> Parts:
-    from transformers import AutoModel, AutoTokenizer
-
     settings = _read_json(folder / "sentence_bert_config.json", {})
-    with _quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    tokenizer, model = _load_transformer(folder)
     config = model.config
+    if config.is_encoder_decoder or not isinstance(getattr(config, "hidden_size", None), int):
+        raise RecipeError(f"{folder} holds a {type(model).__name__}; expected an encoder or a decoder of texts alone.")
+    config.use_cache = False  # of keys and values, for a text that goes on: never here
     positions = getattr(config, "max_position_embeddings", None)
     limits = [int(limit) for limit in (tokenizer.model_max_length, positions) if limit and 0 < limit < UNLIMITED]
     max_length = settings.get("max_seq_length") or min(limits, default=512)
     pooling = _read_pooling(pooling_folder, config.hidden_size, options["prompts"])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (config.pad_token_id or 0)
-    backbone = TransformerBackbone(model, pooling, pad_id=int(pad), padding_side=tokenizer.padding_side)
     lowercase = bool(settings.get("do_lower_case"))
-    return Parts(backbone=backbone, tokenizer=tokenizer, max_length=max_length, lowercase=lowercase, **options)
+    return Parts(
+        backbone=TransformerBackbone(model, pooling, pad_id=int(pad)),
+        tokenizer=tokenizer,
+        max_length=max_length,
+        lowercase=lowercase,
+        **options,
+    )
+
+
+def _load_transformer(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    if not _read_json(folder / "config.json", {}):
+        raise IntegrityError(f"{folder}/config.json is missing or empty. Fetch the model again.")
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+            model, report = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
+            )
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise IntegrityError(f"{folder} is damaged or not whole ({reason}). Fetch the model again.") from error
+    except Exception as error:  # of five libraries; an unknown architecture is the commonest
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(f"transformers cannot open {folder} ({type(error).__name__}: {reason}).") from error
+    if not tokenizer.is_fast:
+        raise RecipeError(f"{folder} has no fast tokenizer (tokenizer.json); save it once with one, in transformers.")
+    _complete(model, report["missing_keys"], folder)
+    return tokenizer, model
+
+
+def _complete(model: nn.Module, missing: Iterable[str], folder: Path) -> None:
+    """Refuse weights that transformers has drawn at random, but for a pooler, which is never run: it becomes zero."""
+    poolers = {name for name in missing if "pooler" in name.split(".")}
+    if others := sorted(set(missing) - poolers):
+        raise IntegrityError(
+            f"{folder}: {len(others)} weights that config.json asks for are not in the file, {others[0]} first. "
+            "Config and weights do not belong together; fetch the model again."
+        )
+    for name in poolers:
+        nn.init.zeros_(model.get_parameter(name))
 
 
 @contextmanager
@@ -195,12 +287,20 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _read_pooling(folder: Path | None, hidden: int, prompts: Mapping[str, str]) -> Pooling:
     config = _read_json(folder / "config.json", {}) if folder else {}
-    modes = config.get("pooling_mode") or [mode for key, mode in _LEGACY_POOLING.items() if config.get(key)] or ["mean"]
-    if prompts and not config.get("include_prompt", True):
+    modes: Any = config.get("pooling_mode") or _legacy_modes(config) or ["mean"]
+    if any(prompts.values()) and not config.get("include_prompt", True):
         raise RecipeError(
             f"{folder}/config.json leaves the prompt out of the pooling (include_prompt=false), which distill does not do."
         )
-    return Pooling(hidden, [modes] if isinstance(modes, str) else modes)
+    modes = [modes] if isinstance(modes, str) else modes
+    try:
+        return Pooling(hidden, modes)
+    except ValueError as error:
+        raise RecipeError(f"{folder}/config.json: {error}") from error
+
+
+def _legacy_modes(config: Mapping[str, Any]) -> list[str]:
+    return [mode for key, mode in _LEGACY_POOLING.items() if config.get(key)]
 
 
 def _read_layer(kind: str, folder: Path) -> Dense | Normalize:
@@ -216,19 +316,26 @@ def _read_layer(kind: str, folder: Path) -> Dense | Normalize:
     if unsupported:
         raise RecipeError(f"{folder}/config.json asks for {', '.join(unsupported)}, which distill's Dense does not do.")
     activation = _activation(config.get("activation_function", "torch.nn.modules.activation.Tanh"), folder)
-    layer = Dense(config["in_features"], config["out_features"], bias=config.get("bias", True), activation=activation)
-    layer.linear.load_state_dict(
-        {name.removeprefix("linear."): value.float() for name, value in _load_weights(folder).items()}
-    )
+    weights = {name.removeprefix("linear."): value.float() for name, value in _load_weights(folder).items()}
+    try:
+        layer = Dense(
+            config["in_features"], config["out_features"], bias=config.get("bias", True), activation=activation
+        )
+        layer.linear.load_state_dict(weights)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise IntegrityError(f"{folder}: config.json and the weights do not belong together ({error}).") from error
     return layer
 
 
 def _activation(path: str, folder: Path) -> nn.Module:
-    module, _, name = path.rpartition(".")
-    found = getattr(importlib.import_module(module), name, None) if module.startswith("torch.nn.modules.") else None
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise RecipeError(f"{folder}/config.json names the activation {path!r}; only the modules of torch.nn are run.")
-    return found()
+    name = path.rpartition(".")[2]
+    found = getattr(nn, name, None) if path.startswith("torch.nn.") else None
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        try:
+            return found()
+        except TypeError:  # torch.nn.Linear and others that want sizes
+            pass
+    raise RecipeError(f"{folder}/config.json names the activation {path!r}; only those of torch.nn are run.")
 
 
 def _load_weights(folder: Path) -> dict[str, Tensor]:
@@ -237,13 +344,21 @@ def _load_weights(folder: Path) -> dict[str, Tensor]:
         raise IntegrityError(
             f"{path} is missing. Weights are read from safetensors only; pickle files are never opened."
         )
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise IntegrityError(f"{path} is damaged ({error}). Fetch the model again.") from error
 
 
-def _read_json(path: Path, default: Any) -> Any:
+def _read_json(path: Path, default: Any, kind: type = dict) -> Any:
     if not path.exists():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise IntegrityError(f"{path} is not JSON ({error}). Fetch the model again.") from error
+    if not isinstance(value, kind):
+        raise IntegrityError(
+            f"{path} holds a {type(value).__name__}, expected a {kind.__name__}. Fetch the model again."
+        )
+    return value

@@ -5,14 +5,13 @@ Axes: b texts · t tokens of all texts, end to end · l tokens of the longest te
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from distill import similarity
 
@@ -56,12 +55,16 @@ class TransformerBackbone(nn.Module):
     """A Hugging Face encoder and a pooling: tokens -> (b, d).
 
     Texts are run in groups of similar length, so that a batch drawn at random costs little padding; the vectors come
-    back in the order of the batch.
+    back in the order of the batch. Padding stands on the right whatever the tokenizer prefers: absolute positions then
+    start at the text, and a vector does not depend on the texts beside it. A text without tokens gives the zero vector.
     """
 
-    def __init__(self, model: nn.Module, pooling: "Pooling", *, pad_id: int, padding_side: Literal["left", "right"]):
+    model: Any  # a PreTrainedModel
+    pooling: "Pooling"
+
+    def __init__(self, model: nn.Module, pooling: "Pooling", *, pad_id: int):
         super().__init__()
-        self.model, self.pooling, self.pad_id, self.padding_side = model, pooling, pad_id, padding_side
+        self.model, self.pooling, self.pad_id = model, pooling, pad_id
         for name, module in model.named_modules():
             if name.rsplit(".", 1)[-1] == "pooler":  # never used here; with gradients it would stall DDP
                 module.requires_grad_(False)
@@ -77,19 +80,23 @@ class TransformerBackbone(nn.Module):
     def forward(self, tokens: Tokens) -> Float[Tensor, "b d"]:
         device = next(self.parameters()).device
         groups = list(tokens.grouped(self.token_budget(device)))
+        if not groups:
+            return torch.zeros(0, self.width, device=device)
         pooled = torch.cat([self._group(group, device) for _, group in groups])
         order = torch.cat([index for index, _ in groups])
         return pooled[torch.argsort(order).to(device)]
 
     def _group(self, tokens: Tokens, device: torch.device) -> Float[Tensor, "k d"]:
-        rows = torch.split(tokens.ids.long(), tokens.lengths.tolist())
-        ids = pad_sequence(list(rows), True, self.pad_id, padding_side=self.padding_side).to(device)
-        places = torch.arange(ids.shape[1])
         lengths = rearrange(tokens.lengths, "b -> b 1")
-        mask = places < lengths if self.padding_side == "right" else places >= ids.shape[1] - lengths
+        empty = lengths == 0
+        longest = max(1, int(lengths.max()))
+        # A text without tokens is run on padding that it sees, so that nothing becomes NaN, and set to zero below.
+        mask = (torch.arange(longest) < lengths) | empty
+        ids = torch.full(mask.shape, self.pad_id)
+        ids[mask & ~empty] = tokens.ids.long()
         mask = mask.to(device)
-        hidden = self.model(input_ids=ids, attention_mask=mask.long())[0]
-        return self.pooling(hidden, mask)
+        hidden = self.model(input_ids=ids.to(device), attention_mask=mask.long())[0]
+        return self.pooling(hidden, mask).masked_fill(empty.to(device), 0.0)
 
 
 class StaticTable(nn.Module):

@@ -115,7 +115,7 @@ def save(
     prompts: dict[str, str] | None = None,
     default_prompt_name: str | None = None,
     max_length: int | None = MAX_LENGTH,
-    lowercase: bool = False,
+    do_lower_case: bool = False,
     old_style: bool = True,
 ) -> Path:
     """Write the folder by hand. `old_style` is sentence-transformers before 6: other type paths, one boolean a pooling mode."""
@@ -123,7 +123,7 @@ def save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if max_length is not None:
-        write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": lowercase})
+        write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": do_lower_case})
     names = ["Transformer", "Pooling", *(layer if isinstance(layer, str) else "Dense" for layer in head)]
     paths = ["", *(f"{number}_{name}" for number, name in enumerate(names) if number)]
     modules = zip(names, paths, strict=True)
