@@ -3,23 +3,31 @@
 0 done · 2 usage or recipe · 3 data · 4 store or checkpoint integrity · 5 numerics · 6 environment · 130 Ctrl-C · 143 SIGTERM.
 """
 
+import errno
+import io
 import json
+import os
+import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from distill import distributed, files
-from distill.errors import DistillError, RecipeError, ResourceError
+from distill.errors import DistillError, IntegrityError, RecipeError, ResourceError, Stopped
 from distill.export import this_command
 
 Recipe = TypeVar("Recipe")
+# Flags that may differ between a run and its continuation: they change no step of the training.
+FREE_TO_CHANGE = ("resume", "output", "store", "evaluation", "save_every", "keep_checkpoints", "trackers")
 
 
-def run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: Sequence[str] | None = None) -> None:
+def run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: Sequence[str] | None = None) -> NoReturn:
     """Parse the flags into `recipe_type`, join the other processes, call `main`, and exit with the code of what happened.
 
     `--debug` shows the traceback of an error. Does not return.
@@ -31,33 +39,130 @@ def run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: Se
 
 
 def _run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: list[str], debug: bool) -> int:
+    recipe = None
     try:
-        recipe = _parse(recipe_type, arguments, main.__doc__ or sys.modules[main.__module__].__doc__)
-        distributed.device()
-        main(recipe)
-        distributed.finish()
+        with _terminable():
+            recipe = _parse(recipe_type, arguments, main.__doc__ or sys.modules[main.__module__].__doc__ or "")
+            distributed.device()
+            main(recipe)
+            distributed.finish()
         return 0
+    except Stopped as error:
+        return _report(error, f"{str(error).partition('. ')[0]}.{_way_on(recipe)}", error.exit_code, debug)
     except DistillError as error:
-        return _report(error, error.exit_code, debug)
+        return _report(error, str(error), error.exit_code, debug)
     except OSError as error:
-        return _report(error, ResourceError.exit_code, debug)
-    except KeyboardInterrupt:
-        return _report("interrupted; what was published stays, the same command goes on from there", 130, debug)
+        return _report(error, _explain(error) + _way_on(recipe), ResourceError.exit_code, debug)
+    except KeyboardInterrupt as error:
+        return _report(error, f"interrupted; what was saved stays.{_way_on(recipe)}", 128 + signal.SIGINT, debug)
 
 
-def _parse(recipe_type: type[Recipe], arguments: list[str], description: str | None) -> Recipe:
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Stopped, wherever it comes; the training loop has its own handler, which finishes the step first."""
+
+    def stop(*_: object) -> None:
+        raise Stopped("terminated; what was saved stays", 128 + signal.SIGTERM)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: its owner handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parse(recipe_type: type[Recipe], arguments: list[str], description: str) -> Recipe:
     import tyro
 
+    description = description.rstrip() + "\n\nWhat goes wrong is told in one message; --debug adds the traceback."
+    shown = io.StringIO()
     try:
-        return tyro.cli(recipe_type, args=arguments, description=description)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+        with redirect_stderr(shown):
+            # One form of each flag: no --no-resume beside --resume, no {None} in front of each type.
+            config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+            return tyro.cli(recipe_type, args=arguments, description=description, config=config)
+    except SystemExit as stop:
+        if error := _recipe_error(stop):
+            raise error from None
+        if _launched_first():
+            print(shown.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _recipe_error(stop: SystemExit) -> RecipeError | None:
+    """The RecipeError that a __post_init__ raised and tyro made a box of, under the name of its group of flags."""
+    group, cause = "", stop.__context__
+    while cause is not None and not isinstance(cause, RecipeError):
+        group, cause = getattr(cause, "arg", group), cause.__context__
+    if cause is None or not isinstance(group, str) or str(cause).startswith("--") or not group:
+        return cause
+    return RecipeError(f"--{group}: {cause}")
 
 
 def record(recipe: Any, output: Path) -> None:
-    """Write the resolved recipe and the command into the run's folder, so that it can be run again."""
+    """Write the resolved recipe and the command into the run's folder, so that it can be run again.
+
+    IntegrityError if the recipe is to resume a run that was begun with other flags.
+    """
+    distributed.main_first(partial(_record, recipe, output))
+
+
+def _record(recipe: Any, output: Path) -> None:
     value = {"command": this_command(), "recipe": json.loads(json.dumps(asdict(recipe), default=str))}
-    distributed.main_first(partial(files.write_json, output / "recipe.json", value))
+    path = output / "recipe.json"
+    try:
+        begun = any((output / "checkpoints").glob("step-*"))
+        if begun and path.exists() and _resumes(value["recipe"]):
+            _refuse_other_recipe(output, json.loads(path.read_text(encoding="utf-8"))["recipe"], value["recipe"])
+        elif begun or (output / "student").exists():
+            print(
+                f"{output} holds an earlier run, which this one replaces (its student, when the new one is done).",
+                file=sys.stderr,
+            )
+        files.write_json(path, value)
+        (output / "non-finite.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise ResourceError(f"{_explain(error)} Name a folder you may write to with --output.") from error
+
+
+def _refuse_other_recipe(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    was, is_ = dict(_flags(before)), dict(_flags(now))
+    differing = [
+        f"\n  {name}: was {was.get(name)}, is {is_.get(name)}"
+        for name in dict.fromkeys([*was, *is_])
+        if _moved(was.get(name)) != _moved(is_.get(name))
+    ]
+    if differing:
+        raise IntegrityError(
+            f"{output} holds a run of another recipe. What differs:{''.join(differing)}\n"
+            "Resume with the same flags, or name another folder with --output."
+        )
+
+
+def _flags(recipe: dict[str, Any], prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    for name, value in recipe.items():
+        if name in FREE_TO_CHANGE:
+            continue
+        flag = prefix + name.replace("_", "-")
+        if isinstance(value, dict):
+            yield from _flags(value, flag + ".")
+        else:
+            yield flag, value
+
+
+def _moved(value: Any) -> Any:
+    """A path by its last part: the same file may lie elsewhere today. What is in it, the checkpoint knows."""
+    if isinstance(value, list):
+        return [_moved(item) for item in value]
+    return Path(value).name if isinstance(value, str) else value
+
+
+def _resumes(recipe: dict[str, Any]) -> bool:
+    return bool(recipe.get("resume") or recipe.get("train", {}).get("resume"))
 
 
 def say(*lines: object) -> None:
@@ -66,9 +171,31 @@ def say(*lines: object) -> None:
         print(*lines, flush=True)
 
 
-def _report(error: BaseException | str, code: int, debug: bool) -> int:
-    where = "" if distributed.is_main() else f"process {distributed.rank()}: "
-    print(f"\n{where}error: {error}", file=sys.stderr, flush=True)
-    if debug and isinstance(error, BaseException):
+def _way_on(recipe: Any) -> str:
+    """The command that goes on with a run which stopped half-way."""
+    if recipe is None:
+        return ""
+    flag = "--resume" if hasattr(recipe, "resume") else "--train.resume" if hasattr(recipe, "train") else ""
+    command = this_command()
+    more = f" {flag}" if flag and flag not in shlex.split(command) else ""
+    return f" To go on:\n  {command}{more}"
+
+
+def _explain(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOSPC:
+        reason += "; free some space there"
+    return f"{error.filename}: {reason}." if error.filename else f"{reason}."
+
+
+def _launched_first() -> bool:
+    """Whether this is the main process, before the processes have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _report(error: BaseException, message: str, code: int, debug: bool) -> int:
+    rank = os.environ.get("RANK", "0")
+    print(f"\n{'' if rank == '0' else f'process {rank}: '}error: {message}", file=sys.stderr, flush=True)
+    if debug:
         traceback.print_exception(error)
     return code

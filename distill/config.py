@@ -1,16 +1,21 @@
 """Groups of flags that recipes share, and what they build."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from distill import distributed, students
+import numpy as np
+import torch
+
+from distill import distributed, hub, students
 from distill.data import load_labelled, load_pairs, load_retrieval
 from distill.embed import embed_vocabulary
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData
-from distill.store import Store, text_keys
+from distill.store import Store, packed, text_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +27,23 @@ class TeacherConfig:
     revision: str | None = None
     """Branch, tag or commit on the Hub; None: the one pinned on first use."""
     max_length: int | None = 128
-    """Tokens a text is cut at; None: the model's own limit. It is part of the store's fingerprint."""
+    """Tokens a text is cut at; the model's own limit where that is lower."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the teacher's forward pass."""
 
+    def __post_init__(self) -> None:
+        at_least(1, "--teacher.max-length", self.max_length)
+
     def load(self) -> Encoder:
-        teacher = Encoder.from_pretrained(
-            self.name, revision=self.revision, max_length=self.max_length, compute_dtype=self.compute_dtype
-        )
+        """The teacher on this process's device; the main process fetches it first."""
+        distributed.main_first(partial(_fetch, self.name, self.revision))
+        teacher = Encoder.from_pretrained(self.name, revision=self.revision, compute_dtype=self.compute_dtype)
+        teacher.max_length = min(teacher.max_length, self.max_length or teacher.max_length)
         return teacher.to(distributed.device())
+
+
+def _fetch(name: str, revision: str | None) -> None:
+    hub.resolve_model(name, revision=revision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,35 +51,51 @@ class StudentConfig:
     """How the student starts."""
 
     kind: Literal["static", "layers", "pretrained"] = "static"
-    """static: a table of token vectors; layers: some of the teacher's; pretrained: another model."""
-    width: int = 256
-    """Of a static table."""
-    layers: tuple[int, ...] = (0, 1, 11)
-    """Numbers of the teacher's layers to keep, from 0."""
+    """A table of token vectors, some of the teacher's layers, or another model."""
+    width: int | None = None
+    """Of the static table; None: 256, or the teacher's width if that is smaller."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the teacher's layers to keep, from 0; none given: 0, 1 and the last."""
     name: str | None = None
     """Of the pretrained model: folder or Hub name."""
     projection: Literal["ridge", "none"] = "none"
-    """ridge: start the Dense layer to the teacher's width at the closed-form solution on the training texts."""
-    freeze_token_table: bool = True
-    """Leave a transformer's input embeddings as they are."""
+    """ridge: its last Dense layer starts at the closed-form solution."""
+    train_token_table: bool = False
+    """Train a transformer's input embeddings, too."""
 
     def __post_init__(self) -> None:
         if (self.kind == "pretrained") != (self.name is not None):
             raise RecipeError("--student.name names the model of --student.kind pretrained; give both or neither.")
+        if self.kind != "static" and self.width is not None:
+            raise RecipeError(
+                f"--student.width is of --student.kind static; a student of kind {self.kind} has its own."
+            )
+        if self.kind != "layers" and self.layers:
+            raise RecipeError(f"--student.layers is of --student.kind layers, got kind {self.kind}.")
+        if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
+            raise RecipeError(f"--student.layers are rising numbers from 0, got {' '.join(map(str, self.layers))}.")
+        at_least(1, "--student.width", self.width)
 
-    def build(self, teacher: Encoder, store: Store, texts: list[str]) -> Encoder:
-        """The student, untrained, on the teacher's device. The token vectors of a static one are kept in the store."""
+    def build(self, teacher: Encoder, store: Store, texts: list[str] | Mapping[str, list[str]]) -> Encoder:
+        """The student, untrained, on the teacher's device. The token vectors of a static one are kept in the store.
+
+        `texts` are those of the training, by role as `examples.match` takes them: {"query": [...], "document": [...]}.
+        """
+        by_role = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
+        everything = [text for _, some in by_role for text in some]
         if self.kind == "static":
             vectors = embed_vocabulary(teacher, store.path)
-            student = students.static(teacher, width=self.width, token_vectors=vectors, texts=texts)
+            width = self.width or min(256, teacher.width)
+            student = students.static(teacher, width=width, token_vectors=vectors, texts=everything)
         elif self.kind == "layers":
-            student = students.keep_layers(teacher, self.layers, projection=self.projection == "ridge")
+            student = students.keep_layers(teacher, self.layers or 3, projection=self.projection == "ridge")
         else:
             student = students.pretrained(str(self.name), teacher)
         student.to(teacher.device)
         if self.projection == "ridge" or (self.kind == "pretrained" and student.width != student.backbone.width):
-            students.fit_projection(student, texts, store.vectors(texts, prompt=teacher.prompt(None)))
-        if self.kind != "static" and self.freeze_token_table:
+            targets = [store.vectors(some, prompt=teacher.prompt(role)) for role, some in by_role]
+            students.fit_projection(student, everything, torch.cat(targets))
+        if self.kind != "static" and not self.train_token_table:
             students.freeze_token_table(student)
         return student
 
@@ -95,26 +124,36 @@ class EvaluationConfig:
                 flags = ", ".join("--evaluation." + name.replace("_", "-") for name in names)
                 raise RecipeError(f"{flags} belong together; give all or none.")
 
-    def load(self, texts: list[str]) -> EvaluationData:
-        """The data, with `texts` for fidelity."""
-        pairs = {Path(name).name.split(".")[0]: load_pairs(name) for name in self.sts}
+    def load(self, texts: list[str], *, role: str | None = None) -> EvaluationData:
+        """The data, with `texts` for fidelity. Read before the training: a mistake in a file shows at once."""
+        pairs = {_stem(name): load_pairs(name) for name in self.sts}
         retrieval = {}
         if self.corpus and self.queries and self.qrels:
-            retrieval[Path(self.corpus).name.split(".")[0]] = load_retrieval(self.corpus, self.queries, self.qrels)
+            retrieval[_stem(self.corpus)] = load_retrieval(self.corpus, self.queries, self.qrels)
         labelled = {}
         if self.classify_train and self.classify_test:
-            labelled[Path(self.classify_test).name.split(".")[0]] = load_labelled(
-                self.classify_train, self.classify_test
-            )
-        return EvaluationData(texts=texts, pairs=pairs, retrieval=retrieval, labelled=labelled)
+            labelled[_stem(self.classify_test)] = load_labelled(self.classify_train, self.classify_test)
+        return EvaluationData(texts=texts, role=role, pairs=pairs, retrieval=retrieval, labelled=labelled)
 
 
-def hold_out(texts: list[str], count: int) -> tuple[list[str], list[str]]:
-    """Training texts and `count` held-out ones, chosen by the texts themselves: the order of files does not matter."""
-    if count < 0 or len(texts) - count < 2:
-        raise RecipeError(
-            f"--held-out {count} leaves {len(texts) - count} of {len(texts)} texts to train on; at least 2 are needed."
-        )
-    order = sorted(range(len(texts)), key=lambda number: bytes(text_keys([texts[number]])))
-    held = set(order[:count])
+def hold_out(texts: list[str], count: int | None) -> tuple[list[str], list[str]]:
+    """Training texts and `count` held-out ones, chosen by the texts themselves: the order of files does not matter.
+
+    None holds out a tenth, 500 at most.
+    """
+    count = min(500, len(texts) // 10) if count is None else count
+    if len(texts) - count < 2:
+        raise RecipeError(f"--held-out {count} of {len(texts):,} texts leaves fewer than 2 to train on.")
+    order = np.argsort(packed(text_keys(texts)), kind="stable")
+    held = set(order[:count].tolist())
     return [text for number, text in enumerate(texts) if number not in held], [texts[number] for number in sorted(held)]
+
+
+def at_least(minimum: int, flag: str, value: int | None) -> None:
+    """RecipeError if a number is given and too small."""
+    if value is not None and value < minimum:
+        raise RecipeError(f"{flag} is {minimum} or more, got {value}.")
+
+
+def _stem(name: str) -> str:
+    return Path(name).name.split(".")[0]

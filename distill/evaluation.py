@@ -3,9 +3,11 @@
 Every number comes with its bootstrap 95 % interval. Teacher vectors are read from the store, and embedded into it once.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from distill import distributed, metrics
 from distill.data import Labelled, Pairs, Retrieval
 from distill.embed import embed
 from distill.encoder import Encoder
+from distill.errors import DataError
 from distill.heads import CosineLinear
 from distill.metrics import Interval, bootstrap_interval
 from distill.similarity import pairwise_cosine, top_k_neighbours
@@ -26,12 +29,23 @@ Encode = Callable[..., Float[Tensor, "n d"]]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationData:
-    """What to measure on; each part may be absent. Names become the names of the scores."""
+    """What to measure on; each part may be absent. Names become the names of the scores.
+
+    `texts` are for fidelity, read in the role `role` ("document", "query"; None: no role).
+    """
 
     texts: Sequence[str] = ()
+    role: str | None = None
     pairs: Mapping[str, Pairs] = field(default_factory=dict)
     retrieval: Mapping[str, Retrieval] = field(default_factory=dict)
     labelled: Mapping[str, Labelled] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, task in self.retrieval.items():
+            if not any(_judged(task)):
+                raise DataError(
+                    f"the retrieval task {name or 'given'} has no query with a relevant document (grade > 0)."
+                )
 
 
 @dataclass(frozen=True)
@@ -60,21 +74,44 @@ class Scores:
         return bootstrap_interval(one - two)
 
     def as_json(self) -> dict[str, Any]:
+        """Plain JSON; a number that is undefined, as a rank correlation of constants, is null."""
         scores = {
-            name: {metric: asdict(score.interval) for metric, score in row.items()} for name, row in self.table.items()
+            name: {metric: _finite(asdict(score.interval)) for metric, score in row.items()}
+            for name, row in self.table.items()
         }
         return {"scores": scores, "speed": self.speeds}
 
     def __str__(self) -> str:
-        """A table: systems down, metrics across, each value with its interval."""
-        names = list(dict.fromkeys(metric for row in self.table.values() for metric in row))
-        lines = [["", *names]] + [
-            [name, *(str(row.get(metric, "")) for metric in names)] for name, row in self.table.items()
-        ]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(names) + 1)]
+        """A table: metrics down, systems across, each value with half the width of its 95 % interval; then size and speed."""
+        systems = list(self.table)
+        metrics = list(dict.fromkeys(metric for row in self.table.values() for metric in row))
+        heads = [name.partition(" -> ") for name in systems]
+        lines = [["", *(name for name, _, _ in heads)]]
+        lines += [["", *(f"-> {index}" if index else "" for _, _, index in heads)]] if any(h[2] for h in heads) else []
+        lines += [[metric, *(_cell(row.get(metric)) for row in self.table.values())] for metric in metrics]
+        for metric, show in _SPEED_CELLS.items():
+            if self.speeds:
+                lines.append([metric, *(show(self.speeds[name]) if name in self.speeds else "" for name in systems)])
+        widths = [max(len(line[column]) for line in lines) for column in range(len(systems) + 1)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         )
+
+
+_SPEED_CELLS: dict[str, Callable[[dict[str, float]], str]] = {
+    "parameters": lambda speed: f"{speed['parameters'] / 1e6:,.3g}M",
+    "texts/s, one process": lambda speed: f"{speed['texts_per_second']:,.0f}",
+}
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return ""
+    return f"{score.interval.value:.3f} ±{(score.interval.high - score.interval.low) / 2:.3f}"
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def evaluate(
@@ -94,7 +131,7 @@ def evaluate(
     reader = _stored(teacher, store)
     table = {"teacher": _labels_scores(reader, data) | _retrieval_scores(reader, reader, data)}
     for name, student in students.items():
-        encode = _shared(student.to(distributed.device()))
+        encode = partial(encode_everywhere, student.to(distributed.device()), progress="student vectors")
         table[name] = (
             _fidelity_scores(encode, reader, data)
             | _labels_scores(encode, data)
@@ -110,20 +147,21 @@ def fidelity(
 ) -> dict[str, Score]:
     """How faithful student vectors are to the teacher's of the same texts, without labels.
 
-    cosine: of each text to its twin, where widths are equal; overlap@k: share of the k nearest other texts that both
-    spaces agree on; pair spearman: rank correlation of the cosines of n/2 disjoint random pairs. O(n^2 (d + e)).
+    cosine to teacher: of each text to its twin, where widths are equal; neighbour overlap@k: share of the k nearest other
+    texts that both spaces agree on; similarity spearman: rank correlation of the cosines of n/2 disjoint random pairs.
+    O(n^2 (d + e)).
     """
     scores = {}
     if student.shape[1] == teacher.shape[1]:
-        scores["cosine"] = _mean_score(pairwise_cosine(student, teacher))
+        scores["cosine to teacher"] = _mean_score(pairwise_cosine(student, teacher))
     if len(student) > k:
-        scores[f"overlap@{k}"] = _mean_score(metrics.neighbour_overlap(student, teacher, k))
+        scores[f"neighbour overlap@{k}"] = _mean_score(metrics.neighbour_overlap(student, teacher, k))
     if len(student) >= 8:
         first, second = torch.randperm(len(student), generator=torch.Generator().manual_seed(seed))[
             : len(student) // 2 * 2
         ].chunk(2)
         cosines = [pairwise_cosine(vectors[first], vectors[second]) for vectors in (student, teacher)]
-        scores["pair spearman"] = Score(bootstrap_interval(*cosines, statistic=metrics.spearman))
+        scores["similarity spearman"] = Score(bootstrap_interval(*cosines, statistic=metrics.spearman))
     return scores
 
 
@@ -132,12 +170,10 @@ def retrieval(
 ) -> dict[str, Score]:
     """nDCG@k and recall@k of ranking documents by cosine, over the judged queries."""
     place = {name: number for number, name in enumerate(data.corpus_ids)}
-    relevant = [
-        {place[name]: float(grade) for name, grade in data.qrels.get(query, {}).items()} for query in data.query_ids
-    ]
-    judged = [number for number, grades in enumerate(relevant) if any(grades.values())]
+    judged = [number for number, has_relevant in enumerate(_judged(data)) if has_relevant]
     _, ranked = top_k_neighbours(queries[judged], documents, min(k, len(documents)))
-    qrels = [relevant[number] for number in judged]
+    grades = [data.qrels[data.query_ids[number]] for number in judged]
+    qrels = [{place[name]: float(grade) for name, grade in found.items()} for found in grades]
     return {
         f"ndcg@{k}": _mean_score(metrics.ndcg_at_k(ranked, qrels, k).values),
         f"recall@{k}": _mean_score(metrics.recall_at_k(ranked, qrels, k).values),
@@ -160,13 +196,28 @@ def centroid_accuracy(train: Float[Tensor, "n d"], test: Float[Tensor, "m d"], d
     return _mean_score((logits.argmax(dim=1) == torch.tensor(data.test.labels)).float())
 
 
+def encode_everywhere(
+    encoder: Encoder, texts: Sequence[str], *, role: str | None = None, progress: str | None = None
+) -> Float[Tensor, "n d"]:
+    """The vectors of `texts` on every process, each of which computes its share."""
+    share = distributed.share(len(texts))
+    bar = progress if distributed.is_main() else None
+    mine = encoder.encode(texts[share.start : share.stop], role=role, progress=bar)
+    return distributed.gather_rows(mine.to(encoder.device)).cpu()
+
+
+def _judged(data: Retrieval) -> list[bool]:
+    """Whether a query has anything relevant to find."""
+    return [any(grade > 0 for grade in data.qrels.get(query, {}).values()) for query in data.query_ids]
+
+
 def _fidelity_scores(encode: Encode, teacher: Encode, data: EvaluationData) -> dict[str, Score]:
     texts = list(dict.fromkeys(data.texts))
-    return fidelity(encode(texts), teacher(texts)) if texts else {}
+    return fidelity(encode(texts, role=data.role), teacher(texts, role=data.role)) if texts else {}
 
 
 def _retrieval_scores(queries: Encode, documents: Encode, data: EvaluationData) -> dict[str, Score]:
-    scores = {}
+    scores: dict[str, Score] = {}
     for name, task in data.retrieval.items():
         found = retrieval(queries(task.queries, role="query"), documents(task.corpus, role="document"), task)
         scores |= {_named(name, metric, data.retrieval): score for metric, score in found.items()}
@@ -174,10 +225,10 @@ def _retrieval_scores(queries: Encode, documents: Encode, data: EvaluationData) 
 
 
 def _labels_scores(encode: Encode, data: EvaluationData) -> dict[str, Score]:
-    scores = {}
+    scores: dict[str, Score] = {}
     for name, pairs in data.pairs.items():
-        both = encode([*pairs.sentence1, *pairs.sentence2])
-        scores[_named(name, "spearman", data.pairs)] = similarity_pairs(*both.chunk(2), pairs)
+        first, second = encode([*pairs.sentence1, *pairs.sentence2]).chunk(2)
+        scores[_named(name, "spearman", data.pairs)] = similarity_pairs(first, second, pairs)
     for name, task in data.labelled.items():
         if task.test is not None:
             scores[_named(name, "accuracy", data.labelled)] = centroid_accuracy(
@@ -196,23 +247,11 @@ def _mean_score(values: Float[Tensor, " n"]) -> Score:
 
 
 def _stored(teacher: Encoder, path: str | Path | None) -> Encode:
-    """Encode through the store: a text's vector is computed at most once, ever."""
+    """Encode through the store: a text's vector is computed at most once, ever. One that is not finite counts as zero."""
 
     def encode(texts: Sequence[str], *, role: str | None = None) -> Float[Tensor, "n e"]:
-        return embed(texts, teacher, path, role=role).vectors(texts, prompt=teacher.prompt(role))
-
-    return encode
-
-
-def _shared(student: Encoder) -> Encode:
-    """Encode each text once, every process its share, all processes the result."""
-
-    def encode(texts: Sequence[str], *, role: str | None = None) -> Float[Tensor, "n d"]:
-        share = distributed.share(len(texts))
-        mine = student.encode(
-            texts[share.start : share.stop], role=role, progress="student vectors" if distributed.is_main() else None
-        )
-        return distributed.gather_rows(mine.to(student.device)).cpu()
+        vectors = embed(texts, teacher, path, role=role).vectors(texts, prompt=teacher.prompt(role))
+        return torch.where(torch.isfinite(vectors).all(dim=1, keepdim=True), vectors, 0.0)
 
     return encode
 
@@ -221,6 +260,9 @@ def _speeds(encoders: Mapping[str, Encoder], data: EvaluationData, seconds: floa
     """Parameters, bytes, and texts a second of one process, measured on the evaluation's own texts, after a warm-up."""
     texts = list(data.texts) or [text for task in data.retrieval.values() for text in task.corpus]
     texts = texts or [text for task in data.pairs.values() for text in task.sentence1]
+    texts = texts or [text for task in data.labelled.values() for text in task.texts]
+    if not texts:
+        return {}
     rates = {
         name: _rate(encoder, texts, seconds) if distributed.is_main() else 0.0 for name, encoder in encoders.items()
     }

@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import json
+import math
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import files, folder
+from distill import distributed, files, folder
 from distill.encoder import Encoder
 from distill.evaluation import Scores
 
@@ -69,10 +70,14 @@ def usage(path: str | Path) -> str:
 
 
 def this_command() -> str:
-    return shlex.join(["python", *sys.argv])
+    """The command line of this program, as it can be typed again."""
+    processes = distributed.world_size()
+    launcher = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+    return shlex.join([*launcher, *sys.argv])
 
 
 def _card(student: Encoder, path: Path, record: dict[str, Any], scores: Scores | None, license: str | None) -> Any:
+    """The model card; its scores are those of the system called "student"."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     results = [
@@ -84,22 +89,27 @@ def _card(student: Encoder, path: Path, record: dict[str, Any], scores: Scores |
             metric_value=round(score.interval.value, 4),
         )
         for metric, score in (scores.table.get("student", {}).items() if scores else ())
+        if math.isfinite(score.interval.value)
     ]
+    teacher = str(record["teacher"])
     data = ModelCardData(
         model_name=student.name,
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "distill", "knowledge-distillation"],
         license=license,
+        base_model=teacher if "/" in teacher and not Path(teacher).exists() else None,
         eval_results=results or None,
     )
     commit = f" at commit `{record['teacher_commit']}`" if record["teacher_commit"] else ""
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {student.name}",
-        f"A student of **{record['teacher']}**{commit}, in the teacher's own vector space (width {student.width}): an index of the teacher's vectors stays, "
+        f"A student of **{teacher}**{commit}, in the teacher's own vector space (width {student.width}): an index of the teacher's vectors stays, "
         f"only the encoder is swapped. {student.parameter_count / 1e6:.1f}M parameters against the teacher's {record['teacher_parameters'] / 1e6:.1f}M.",
         f"## Use\n\n```python\n{usage(path)}\n```",
-        f"## Scores\n\nValue and bootstrap 95 % interval.\n\n```\n{scores}\n```" if scores else "",
+        f"## Scores\n\nEach with half the width of its bootstrap 95 % interval; `distill.json` has the bounds.\n\n```\n{scores}\n```"
+        if scores
+        else "",
         f"## How it was made\n\n- texts: {record['data']}\n- loss: {record['loss']}\n- command: `{record['command']}`\n"
         f"- versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}",
     ]

@@ -16,6 +16,8 @@ from distill.config import TeacherConfig
 from distill.data import Labelled, load_labelled
 from distill.encoder import Encoder
 from distill.errors import RecipeError
+from distill.evaluation import encode_everywhere
+from distill.export import this_command
 from distill.heads import CosineLinear, classification_loss, parameter_groups
 from distill.metrics import bootstrap_interval
 
@@ -29,7 +31,7 @@ class Recipe:
     encoder: str = TeacherConfig.name
     """The encoder whose vectors are classified: a student's folder, a Hub name, an installed package."""
     shots: int | None = None
-    """Train on this many texts of each class; None: all."""
+    """Train on this many texts of each class, drawn by seed; None: all."""
     proxies: int = 1
     """Proxies a class."""
     steps: int = 300
@@ -63,27 +65,25 @@ def main(recipe: Recipe) -> None:
     data = load_labelled(recipe.train_data, recipe.test_data)
     encoder = Encoder.from_pretrained(recipe.encoder, max_length=recipe.max_length).to(distributed.device())
     chosen = shots(data, recipe.shots, recipe.seed)
-    vectors, labels = (
-        encoder.encode([data.texts[i] for i in chosen], progress="train"),
-        torch.tensor([data.labels[i] for i in chosen]),
-    )
-    head = fit(recipe, vectors, labels, len(data.names))
+    vectors = encode_everywhere(encoder, [data.texts[i] for i in chosen], progress="training texts")
+    head = fit(recipe, vectors, torch.tensor([data.labels[i] for i in chosen]), len(data.names))
 
-    test = encoder.encode(data.test.texts, progress="test")
+    test = encode_everywhere(encoder, data.test.texts, progress="test texts")
     right = (head(test)["logits"].argmax(dim=1) == torch.tensor(data.test.labels)).double()
     accuracy = bootstrap_interval(right)
-    result = {
+    report = {
+        "encoder": encoder.name,
+        "command": this_command(),
         "accuracy": vars(accuracy),
         "train_texts": len(chosen),
         "test_texts": len(right),
         "classes": len(data.names),
         "sigma": float(head.sigma),
     }
-    distributed.main_first(
-        partial(files.write_json, recipe.output / "report.json", {"encoder": encoder.name, **result})
-    )
+    distributed.main_first(partial(files.write_json, recipe.output / "report.json", report))
     cli.say(
-        f"accuracy {accuracy} on {len(right):,} texts of {len(data.names)} classes, trained on {len(chosen):,}; sigma {float(head.sigma):.1f}"
+        f"accuracy {accuracy} (95 % interval) on {len(right):,} texts of {len(data.names)} classes, trained on {len(chosen):,}; "
+        f"sigma {float(head.sigma):.1f}; written to {recipe.output / 'report.json'}"
     )
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import cli
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, hold_out
+from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
 from distill.data import load_texts
 from distill.embed import embed
+from distill.errors import RecipeError
 from distill.evaluation import evaluate
 from distill.examples import match
 from distill.export import Provenance
@@ -31,9 +32,9 @@ class Recipe:
     column: str | None = None
     """Column of the texts in both."""
     limit: int | None = None
-    """Train on this many documents, and as many queries, at most."""
-    held_out: int = 500
-    """Documents kept for the fidelity report."""
+    """Read this many documents, and as many queries, at most."""
+    held_out: int | None = None
+    """Documents kept for the fidelity report; None: a tenth, 500 at most."""
     store: Path | None = None
     """Folder of the teacher's vectors; `python -m distill.embed` takes over those of an index that exists."""
     output: Path = Path("runs/keep_index")
@@ -45,6 +46,12 @@ class Recipe:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, bank_size=4096))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        at_least(1, "--limit", self.limit)
+        at_least(0, "--held-out", self.held_out)
+        if not self.temperature > 0:
+            raise RecipeError(f"--temperature is above 0, got {self.temperature}.")
+
 
 def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
@@ -53,17 +60,17 @@ def main(recipe: Recipe) -> None:
     texts = {"document": documents}
     if recipe.queries:
         texts["query"] = load_texts(recipe.queries, column=recipe.column, limit=recipe.limit).texts
-    cli.say(read.report)
+    data = recipe.evaluation.load(held_out, role="document")
+    cli.say(f"{read.report}; {len(held_out):,} held out; {len(texts.get('query', [])):,} queries")
 
     teacher = recipe.teacher.load()
     for role, some in texts.items():
         store = embed(some, teacher, recipe.store, role=role)
-    student = recipe.student.build(teacher, store, [text for some in texts.values() for text in some])
+    student = recipe.student.build(teacher, store, texts)
     start = copy.deepcopy(student)
     loss = WeightedSum({"cosine": CosineDistance(), "contrastive": CrossContrastive(temperature=recipe.temperature)})
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
 
-    data = recipe.evaluation.load(held_out)
     scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
     finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(loss)))
 

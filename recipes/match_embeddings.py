@@ -1,7 +1,8 @@
 """The plainest distillation, to be read first: each text's student vector is pulled to its teacher vector.
 
-accelerate launch recipes/match_embeddings.py --data texts.jsonl --output runs/mine
-accelerate launch recipes/match_embeddings.py --data a.txt.gz b.csv --student.kind layers --train.batch-size 32 --train.learning-rate 3e-4
+    accelerate launch recipes/match_embeddings.py --data texts.jsonl --output runs/mine
+    accelerate launch recipes/match_embeddings.py --data a.txt.gz b.csv --student.kind layers \\
+        --train.batch-size 32 --train.learning-rate 3e-4
 """
 
 import copy
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import cli
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, hold_out
+from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
 from distill.data import load_texts
 from distill.embed import embed
 from distill.evaluation import evaluate
@@ -23,13 +24,13 @@ from distill.training import TrainConfig, train
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     data: tuple[str, ...]
-    """Texts to train on: files (JSONL, CSV, TXT, Parquet, .gz), globs, or Hub data sets as org/name:config:split."""
+    """Files (JSONL, CSV, TXT, Parquet, .gz), globs, Hub data sets as org/name:config:split."""
     column: str | None = None
-    """Column of the texts, or several: "sentence1,sentence2"; by position in a CSV without header: "0,1"."""
+    """Column of the texts, or several: "sentence1,sentence2"; by place: "0,1"."""
     limit: int | None = None
-    """Train on this many texts at most."""
-    held_out: int = 500
-    """Of these texts, kept for the fidelity report."""
+    """Read this many texts at most."""
+    held_out: int | None = None
+    """Texts kept for the fidelity report; None: a tenth, 500 at most."""
     store: Path | None = None
     """Folder of the teacher's vectors; None: in the cache, by teacher."""
     output: Path = Path("runs/match_embeddings")
@@ -39,12 +40,17 @@ class Recipe:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        at_least(1, "--limit", self.limit)
+        at_least(0, "--held-out", self.held_out)
+
 
 def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
     read = load_texts(recipe.data, column=recipe.column, limit=recipe.limit)
     texts, held_out = hold_out(read.texts, recipe.held_out)
-    cli.say(read.report)
+    data = recipe.evaluation.load(held_out)
+    cli.say(f"{read.report}; {len(held_out):,} held out")
 
     teacher = recipe.teacher.load()
     store = embed(texts, teacher, recipe.store)
@@ -53,7 +59,6 @@ def main(recipe: Recipe) -> None:
     loss = CosineDistance()
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
 
-    data = recipe.evaluation.load(held_out)
     scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
     finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(loss)))
 

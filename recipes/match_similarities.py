@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import cli
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, hold_out
+from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
 from distill.data import load_texts
 from distill.embed import embed
+from distill.errors import RecipeError
 from distill.evaluation import evaluate
 from distill.examples import match
 from distill.export import Provenance
@@ -30,11 +31,20 @@ class LossConfig:
     contrastive: float = 0.1
     """Each text's twin found among the bank."""
     kl: float = 0.1
-    """The teacher's distribution over the bank, faded out by `kl_until`."""
+    """The teacher's distribution over the bank."""
     kl_until: float = 0.5
-    """Share of the run after which the KL term is gone."""
+    """Share of the run in which the KL term fades out."""
     temperature: float = 0.05
     """Of contrastive and KL, student and teacher."""
+
+    def __post_init__(self) -> None:
+        weights = (self.cosine, self.contrastive, self.kl)
+        if min(weights) < 0 or not sum(weights) > 0:
+            raise RecipeError(f"the weights of cosine, contrastive and kl are 0 or more, one above 0; got {weights}.")
+        if not 0 < self.kl_until <= 1 or not self.temperature > 0:
+            raise RecipeError(
+                f"kl_until is above 0, up to 1, got {self.kl_until}; temperature above 0, got {self.temperature}."
+            )
 
     def build(self) -> WeightedSum:
         terms = {
@@ -54,13 +64,13 @@ class LossConfig:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     data: tuple[str, ...]
-    """Texts to train on: files (JSONL, CSV, TXT, Parquet, .gz), globs, or Hub data sets as org/name:config:split."""
+    """Files (JSONL, CSV, TXT, Parquet, .gz), globs, Hub data sets as org/name:config:split."""
     column: str | None = None
-    """Column of the texts, or several: "sentence1,sentence2"; by position in a CSV without header: "0,1"."""
+    """Column of the texts, or several: "sentence1,sentence2"; by place: "0,1"."""
     limit: int | None = None
-    """Train on this many texts at most."""
-    held_out: int = 500
-    """Of these texts, kept for the fidelity report."""
+    """Read this many texts at most."""
+    held_out: int | None = None
+    """Texts kept for the fidelity report; None: a tenth, 500 at most."""
     store: Path | None = None
     """Folder of the teacher's vectors; None: in the cache, by teacher."""
     output: Path = Path("runs/match_similarities")
@@ -71,13 +81,18 @@ class Recipe:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, bank_size=4096))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        at_least(1, "--limit", self.limit)
+        at_least(0, "--held-out", self.held_out)
+
 
 def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
     loss = recipe.loss.build()
     read = load_texts(recipe.data, column=recipe.column, limit=recipe.limit)
     texts, held_out = hold_out(read.texts, recipe.held_out)
-    cli.say(read.report)
+    data = recipe.evaluation.load(held_out)
+    cli.say(f"{read.report}; {len(held_out):,} held out")
 
     teacher = recipe.teacher.load()
     store = embed(texts, teacher, recipe.store)
@@ -85,7 +100,6 @@ def main(recipe: Recipe) -> None:
     start = copy.deepcopy(student)
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
 
-    data = recipe.evaluation.load(held_out)
     scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
     finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(recipe.loss)))
 

@@ -24,16 +24,14 @@ from distill.training import TrainConfig, train
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Docstrings (summary and description) of the installed packages -> teacher vectors -> student -> report."""
-
     teacher: str = TeacherConfig.name
-    """768-d model: a local folder, a Hub name, or an installed weight package."""
+    """A local folder, a Hub name, or an installed weight package."""
     texts: int = 4000
     """Texts to train on."""
     held_out: int = 400
     """Pairs of summary and description kept for the report, from packages that are not trained on."""
     student: Literal["static", "layers"] = "static"
-    """static: a table of token vectors; layers: a transformer that keeps layers 0, 1 and 11 of the teacher."""
+    """static: a table of token vectors; layers: a transformer of the teacher's layers 0, 1 and the last."""
     steps: int | None = None
     """Optimizer steps; None: 10 passes over the texts for a static student, 1 for layers."""
     output: Path = Path("runs/quickstart")
@@ -48,6 +46,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.texts < 16 or self.held_out < 16:
             raise RecipeError(f"--texts and --held-out are 16 or more, got {self.texts} and {self.held_out}.")
+        self.training()
 
     def training(self) -> TrainConfig:
         common = {"steps": self.steps, "seed": self.seed, "resume": self.resume}
@@ -58,12 +57,12 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
+    teacher = TeacherConfig(name=recipe.teacher).load()
     pairs = recipe.texts // 2 + recipe.held_out
     learned, held_out = docstring_pairs(limit=pairs, seed=recipe.seed).split(recipe.held_out / pairs, seed=recipe.seed)
     texts = learned.texts()[: recipe.texts]
     cli.say(f"training on {len(texts):,} texts of {learned}\nheld out: {held_out}")
 
-    teacher = TeacherConfig(name=recipe.teacher).load()
     store = embed(texts, teacher, recipe.store)
     student = StudentConfig(kind=recipe.student).build(teacher, store, texts)
     start = copy.deepcopy(student)
