@@ -56,16 +56,14 @@ def keep_layers(teacher: Encoder, layers: int | Sequence[int] = 3, *, projection
     if not isinstance(teacher.backbone, TransformerBackbone):
         raise RecipeError(f"{teacher.name} is a static table; it has no layers to keep.")
     total = teacher.backbone.model.config.num_hidden_layers
-    kept = [*range(layers - 1), total - 1] if isinstance(layers, int) else list(layers)
+    kept = [*range(layers - 1), total - 1][: max(0, layers)] if isinstance(layers, int) else list(layers)
     if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < total:
         raise RecipeError(
             f"{teacher.name} has layers 0..{total - 1}; asked to keep {layers}. Name rising numbers, or a count."
         )
     model = _with_layers(teacher.backbone.model, kept, teacher.name)
     parts = vars(copy.copy(teacher.parts())) | {"head": copy.deepcopy(list(teacher.head))}
-    parts["backbone"] = TransformerBackbone(
-        model, teacher.backbone.pooling, pad_id=teacher.backbone.pad_id, padding_side=teacher.backbone.padding_side
-    )
+    parts["backbone"] = TransformerBackbone(model, teacher.backbone.pooling, pad_id=teacher.backbone.pad_id)
     if projection:
         parts["head"] = [
             *(layer for layer in parts["head"] if isinstance(layer, Dense)),
@@ -85,7 +83,8 @@ def pretrained(name: str | Path, teacher: Encoder, **options: Any) -> Encoder:
     if student.width != teacher.width:
         head.append(Dense(student.width, teacher.width))
     parts = vars(student.parts()) | {"head": [*head, Normalize()]}
-    return _named(Encoder(**parts), Path(str(name)).name, teacher)
+    start = Encoder(**parts, compute_dtype=student.compute_dtype, commit=student.commit)
+    return _named(start, Path(str(name)).name, teacher)
 
 
 @torch.no_grad()
@@ -96,12 +95,15 @@ def fit_projection(
 
     Closed form over all rows; `ridge=None` chooses the penalty on held-out rows. Cost: one pass of the student.
     """
-    last = _projection(student)
-    head, place = (
-        student.head,
-        list(student.head).index(next(m for m in student.head if getattr(m, "linear", None) is last)),
-    )
-    student.head = head[:place]
+    last, head = _projection(student), student.head
+    place = next(number for number, layer in enumerate(head) if getattr(layer, "linear", None) is last)
+    activation = head[place].activation
+    if not isinstance(activation, nn.Identity):
+        raise RecipeError(
+            f"{student.name} ends in a Dense layer with {activation}, which no regression can see through. "
+            "Put one without activation behind it (keep_layers: projection=True)."
+        )
+    student.head = nn.Sequential(*list(head)[:place])
     try:
         inputs = student.encode(texts, progress="projection")
     finally:
@@ -109,6 +111,15 @@ def fit_projection(
     # Rows enter as directions: the student is compared by cosine, so a long text must not count for more.
     inputs = inputs / inputs.norm(dim=1, keepdim=True).clamp(min=1e-12)
     last.weight.copy_(Projection.ridge(inputs, vectors, ridge=ridge).weight)
+    if last.bias is not None:
+        last.bias.zero_()
+
+
+def freeze_token_table(student: Encoder) -> None:
+    """Leave a transformer's input embeddings out of training: on a CPU their dense update costs more than the layers'."""
+    if not isinstance(student.backbone, TransformerBackbone):
+        raise RecipeError(f"{student.name} is a static table; frozen, it would have nothing left to learn.")
+    student.backbone.model.get_input_embeddings().requires_grad_(False)
 
 
 def describe(student: Encoder) -> str:
@@ -162,7 +173,7 @@ def _bare_tokenizer(teacher: Encoder) -> Tokenizer:
     return tokenizer
 
 
-def _with_layers(model: nn.Module, kept: Sequence[int], name: str) -> nn.Module:
+def _with_layers(model: Any, kept: Sequence[int], name: str) -> nn.Module:
     total = model.config.num_hidden_layers
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
     if len(lists) != 1:
