@@ -32,7 +32,7 @@ def published_file(path: Path) -> Iterator[Path]:
 def published_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success every file in it is synced and the folder takes `path`'s place.
 
-    An existing folder at `path` is moved aside first and removed only after the new one stands.
+    An existing folder at `path` is moved aside first and removed only after the new one stands; if that fails, it is put back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -47,13 +47,30 @@ def published_folder(path: Path) -> Iterator[Path]:
         os.rename(temporary, path)
         _sync(path.parent)
     finally:
+        if aside.exists() and not path.exists():
+            os.rename(aside, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Take a folder away at once, then delete it: a kill in between leaves no folder with half of its files."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    os.rename(path, aside)
+    shutil.rmtree(aside)
+
+
+def remove_unfinished(folder: Path, name: str) -> None:
+    """Delete what killed writers of `name` (a pattern) left in a folder. Nobody may be writing there."""
+    for item in folder.glob(f".{name}.*"):
+        shutil.rmtree(item) if item.is_dir() else item.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
+    """Strict UTF-8: half a surrogate pair, which a text may hold, is written as its JSON escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with published_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:

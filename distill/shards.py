@@ -1,6 +1,7 @@
 """The files of a store: what a manifest and a shard must look like, and how a shard is mapped without reading its vectors."""
 
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from distill.errors import IntegrityError
+from distill.errors import IntegrityError, ResourceError
 
 MANIFEST = "manifest.json"
+JOB = "job.safetensors"  # keys of the texts an unfinished embed() is about
 SHARD_ROWS = 65_536
 _HEADER_LIMIT = 1 << 20
 
@@ -33,10 +35,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         _check_manifest(manifest)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(
-            f"{file} is damaged: {error}. The shards beside it are untouched; restore the manifest from a copy."
+            f"{file} is damaged: {_reason(error)}. The shards beside it are untouched; restore the manifest from a copy."
         ) from error
+    except OSError as error:
+        raise ResourceError(f"{file} cannot be read: {error.strerror}.") from error
     return manifest
 
 
@@ -57,7 +61,7 @@ def _check_manifest(manifest: Any) -> None:
         fits = type(shard.rows) is int and 0 < shard.rows <= SHARD_ROWS and type(shard.bytes) is int and shard.bytes > 0
         if not fits or not re.fullmatch(r"rows-[0-9a-f]{24}\.safetensors", str(shard.file)) or shard.file in names:
             raise ValueError(f"a shard is recorded as {record!r}")
-        if not re.fullmatch(r"[0-9a-f]{64}", str(shard.sha256)):
+        if type(shard.sha256) is not str or not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
             raise ValueError(f"sha256 {shard.sha256!r}")
         names.add(shard.file)
 
@@ -66,47 +70,63 @@ def map_shard(path: Path, shard: Shard, width: int) -> tuple[dict[str, np.ndarra
     """The small columns in memory and the vectors (rows, width) as a memory map."""
     if not path.exists():
         raise IntegrityError(f"{path} is missing. Run embed() again: only its {shard.rows:,} rows are computed anew.")
-    if path.stat().st_size != shard.bytes:
-        raise IntegrityError(
-            f"{path} has {path.stat().st_size:,} bytes, its manifest says {shard.bytes:,}. Copy it again, or delete the store."
-        )
     try:
+        found = path.stat().st_size
+        if found != shard.bytes:
+            raise ValueError(f"it has {found:,} bytes, the manifest says {shard.bytes:,}")
         header, data = _read_header(path)
-        expected = {
-            "vectors": ("F16", [shard.rows, width]),
-            "keys": ("U64", [shard.rows, 2]),
-            "token_counts": ("I32", [shard.rows]),
-            "flags": ("U8", [shard.rows]),
+        shapes = {"keys": [shard.rows, 2], "token_counts": [shard.rows], "flags": [shard.rows]}
+        starts = {
+            name: data + _start(header[name], name, shape, found - data)
+            for name, shape in {"vectors": [shard.rows, width], **shapes}.items()
         }
-        for name, (dtype, shape) in expected.items():
-            if (header[name]["dtype"], header[name]["shape"]) != (dtype, shape):
-                raise ValueError(f"{name} is {header[name]['dtype']} {header[name]['shape']}, expected {dtype} {shape}")
-        small = {name: _read_column(path, data, header[name]) for name in ("keys", "token_counts", "flags")}
-        start, stop = header["vectors"]["data_offsets"]
-        if stop - start != 2 * shard.rows * width or not 0 <= start <= stop <= shard.bytes - data:
-            raise ValueError("the vectors lie outside the file")
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+        small = {name: _read_column(path, starts[name], name, shape) for name, shape in shapes.items()}
+        vectors = np.memmap(path, np.float16, "r", offset=starts["vectors"], shape=(shard.rows, width))
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error, OSError) as error:
         raise IntegrityError(
-            f"{path} is damaged: {error}. `python -m distill.store verify {path.parent}` lists all damaged shards."
+            f"{path} is damaged: {_reason(error)}. Copy it again, or run `python -m distill.store repair {path.parent}` "
+            f"and embed() again: only its {shard.rows:,} rows are computed anew."
         ) from error
-    return small, np.memmap(path, np.float16, "r", offset=data + start, shape=(shard.rows, width))
+    return small, vectors
+
+
+_COLUMNS = {
+    "vectors": ("F16", np.dtype("<f2")),
+    "keys": ("U64", np.dtype("<u8")),
+    "token_counts": ("I32", np.dtype("<i4")),
+    "flags": ("U8", np.dtype("u1")),
+}
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
-        if size > min(_HEADER_LIMIT, path.stat().st_size):
+        if size > min(_HEADER_LIMIT, path.stat().st_size - 8):
             raise ValueError(f"its header claims {size:,} bytes")
-        return json.loads(file.read(size)), 8 + size
+        return json.loads(file.read(size).decode("utf-8")), 8 + size
 
 
-def _read_column(path: Path, data: int, entry: dict[str, Any]) -> np.ndarray:
-    dtype = np.dtype({"U64": "<u8", "I32": "<i4", "U8": "u1"}[entry["dtype"]])
-    count = int(np.prod(entry["shape"]))
+def _start(entry: dict[str, Any], name: str, shape: list[int], available: int) -> int:
+    """Where a column begins behind the header, once its type, shape and place are what they must be."""
+    kind, dtype = _COLUMNS[name]
+    if (entry["dtype"], entry["shape"]) != (kind, shape):
+        raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, expected {kind} {shape}")
     start, stop = entry["data_offsets"]
-    if start < 0 or stop - start != count * dtype.itemsize:
-        raise ValueError("a column's offsets do not fit its shape")
-    column = np.fromfile(path, dtype, count, offset=data + start)
-    if len(column) != count:
-        raise ValueError("a column ends early")
-    return column.reshape(entry["shape"])
+    if (
+        type(start) is not int
+        or stop - start != math.prod(shape) * dtype.itemsize
+        or not 0 <= start <= stop <= available
+    ):
+        raise ValueError(f"{name} lies at {start}..{stop} of {available:,} bytes, which does not fit its shape")
+    return start
+
+
+def _read_column(path: Path, offset: int, name: str, shape: list[int]) -> np.ndarray:
+    column = np.fromfile(path, _COLUMNS[name][1], math.prod(shape), offset=offset)
+    return column.reshape(shape)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)

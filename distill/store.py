@@ -4,7 +4,9 @@ A store is a folder: safetensors shards of at most 65,536 rows and a manifest.js
 their sha256. A row is a vector (fp16), the 128-bit key of (kind, prompt, exact text), a token count and a flag. Rows are
 found by key, never by number. The fingerprint says which encoder made the vectors; another one is never read by accident.
 
-    python -m distill.store verify PATH        python -m distill.store info PATH
+    python -m distill.store info PATH          what is in it
+    python -m distill.store verify PATH        whether every shard is what was written
+    python -m distill.store repair PATH        take damaged shards out; embed() computes only their rows anew
 """
 
 import argparse
@@ -21,12 +23,13 @@ import numpy as np
 import torch
 from filelock import FileLock
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
 from distill import files, shards
 from distill.errors import DistillError, IntegrityError, RecipeError, ResourceError
-from distill.shards import MANIFEST, SHARD_ROWS, Shard
+from distill.shards import JOB, MANIFEST, SHARD_ROWS, Shard
 
 GOOD, NOT_FINITE, ZERO, NO_TOKENS = 0, 1, 2, 3  # flags of a row; only GOOD rows are trained on
 FLAG_NAMES = {NOT_FINITE: "not finite", ZERO: "zero vector", NO_TOKENS: "no tokens"}
@@ -59,6 +62,8 @@ class Store:
         self.keys = np.zeros((0, 2), np.uint64)
         self.token_counts = np.zeros(0, np.int32)
         self.flags = np.zeros(0, np.uint8)
+        self._starts = np.zeros(1, np.int64)
+        self._index: tuple[np.ndarray, np.ndarray] | None = None
         self._attach(records)
 
     @classmethod
@@ -75,16 +80,16 @@ class Store:
 
     @classmethod
     def open_or_create(cls, path: str | Path, fingerprint: dict[str, Any], width: int) -> "Store":
+        """Open a store that is to be complete for this encoder; make it if there is none. Shards that are gone are taken out."""
         path = Path(path)
         if not (path / MANIFEST).exists():
-            if path.is_dir() and any(
-                not item.name.startswith(".") and item.suffix != ".safetensors" for item in path.iterdir()
-            ):
-                raise RecipeError(
-                    f"{path} is a folder with other things in it and no {MANIFEST}. Name a new folder for the store."
-                )
-            store = cls(path, fingerprint, width, [])
-            store.publish([])
+            _create(cls(path, fingerprint, width, []))
+        manifest = shards.read_manifest(path)
+        gone = [shard["file"] for shard in manifest["shards"] if not (path / shard["file"]).exists()]
+        if gone:
+            refuse_other_fingerprint(path, manifest["fingerprint"], fingerprint)
+            print(f"{path}: {', '.join(gone)} missing; their rows are computed anew", file=sys.stderr)
+            forget(path, gone)
         return cls.open(path, fingerprint)
 
     def __len__(self) -> int:
@@ -94,9 +99,14 @@ class Store:
         """Row number of each key (n, 2), -1 where it is not stored. Cost: O(n log rows)."""
         if not len(self):
             return np.full(len(keys), -1)
-        wanted = _packed(keys)
-        place = np.searchsorted(self._sorted_keys, wanted).clip(max=len(self) - 1)
-        return np.where(self._sorted_keys[place] == wanted, self._order[place], -1)
+        if self._index is None:
+            everything = packed(self.keys)
+            order = np.argsort(everything, kind="stable")
+            self._index = order, everything[order]
+        order, ordered = self._index
+        wanted = packed(keys)
+        place = np.searchsorted(ordered, wanted).clip(max=len(self) - 1)
+        return np.where(ordered[place] == wanted, order[place], -1)
 
     def take(self, rows: np.ndarray) -> Float[Tensor, "n e"]:
         """Vectors of row numbers, float32, in that order, read through the memory map (sorted inside a shard)."""
@@ -133,30 +143,26 @@ class Store:
 
     def publish(self, records: Sequence[Shard]) -> None:
         """Add written shards to the manifest. One process at a time: hold `lock()`."""
-        everything = [*self.shards, *records]
-        manifest = {
-            "format": "distill-store",
-            "version": 1,
-            "fingerprint": self.fingerprint,
-            "width": self.width,
-            "dtype": "float16",
-            "shards": [asdict(shard) for shard in everything],
-        }
-        files.write_json(self.path / MANIFEST, manifest)
+        _write_manifest(self.path, self.fingerprint, self.width, [*self.shards, *records])
         self._attach(records)
 
     def lock(self, *, timeout_seconds: float = -1) -> FileLock:
         """The writers' lock of this store; readers need none."""
         return FileLock(self.path / ".lock", timeout=timeout_seconds)
 
-    def remove_orphans(self) -> list[str]:
-        """Delete shard files that a killed writer left behind unnamed. Hold `lock()`."""
+    def orphans(self) -> list[str]:
+        """Shard files that no manifest names: a killed writer left them."""
         known = {shard.file for shard in self.shards}
-        orphans = [item for item in self.path.glob("rows-*.safetensors") if item.name not in known]
-        orphans += list(self.path.glob(".rows-*"))
-        for item in orphans:
-            item.unlink(missing_ok=True)
-        return sorted(item.name for item in orphans)
+        return sorted(item.name for item in self.path.glob("rows-*.safetensors") if item.name not in known)
+
+    def remove_orphans(self) -> list[str]:
+        """Delete what a killed writer left behind, and return the names of its shards. Hold `lock()`."""
+        orphans = self.orphans()
+        for name in orphans:
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("rows-*", MANIFEST, JOB):
+            files.remove_unfinished(self.path, name)
+        return orphans
 
     def require_space(self, rows: int) -> None:
         """ResourceError with needed and free bytes, before anything is written."""
@@ -175,23 +181,69 @@ class Store:
             "flags": rows.flags.astype(np.uint8),
         }
         name = f"rows-{hashlib.sha256(tensors['keys'].tobytes()).hexdigest()[:24]}.safetensors"
-        with files.published_file(self.path / name) as temporary:
-            save_file(tensors, temporary)
-            size, digest = temporary.stat().st_size, files.sha256(temporary)
+        try:
+            with files.published_file(self.path / name) as temporary:
+                save_file(tensors, temporary)
+                size, digest = temporary.stat().st_size, files.sha256(temporary)
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(
+                f"{len(rows.keys):,} rows cannot be written under {self.path}: {error}. What is stored is untouched; run again to go on."
+            ) from error
         return Shard(name, len(rows.keys), size, digest)
 
     def _attach(self, records: Sequence[Shard]) -> None:
+        columns: dict[str, list[np.ndarray]] = {
+            name: [getattr(self, name)] for name in ("keys", "token_counts", "flags")
+        }
         for shard in records:
             small, vectors = shards.map_shard(self.path / shard.file, shard, self.width)
-            self.keys = np.concatenate([self.keys, small["keys"]])
-            self.token_counts = np.concatenate([self.token_counts, small["token_counts"]])
-            self.flags = np.concatenate([self.flags, small["flags"]])
+            for name, column in small.items():
+                columns[name].append(column)
             self._vectors.append(vectors)
             self.shards.append(shard)
-        packed = _packed(self.keys)
-        self._order = np.argsort(packed, kind="stable")
-        self._sorted_keys = packed[self._order]
+        for name, parts in columns.items():
+            setattr(self, name, np.concatenate(parts))
         self._starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
+        self._index = None
+
+
+def _create(store: Store) -> None:
+    """An empty manifest, by one of the processes that may want the same store at this moment."""
+    others = [item.name for item in store.path.iterdir() if item.name[0] != "."] if store.path.is_dir() else []
+    if others and not (store.path / MANIFEST).exists():
+        raise RecipeError(
+            f"{store.path} is a folder with other things in it ({', '.join(sorted(others)[:3])}) and no {MANIFEST}. "
+            "Name a new folder for the store, or bring its manifest back if it was one."
+        )
+    store.path.mkdir(parents=True, exist_ok=True)
+    with store.lock():
+        if not (store.path / MANIFEST).exists():
+            store.publish([])
+
+
+def _write_manifest(path: Path, fingerprint: dict[str, Any], width: int, records: Sequence[Shard]) -> None:
+    manifest = {
+        "format": "distill-store",
+        "version": 1,
+        "fingerprint": fingerprint,
+        "width": width,
+        "dtype": "float16",
+        "shards": [asdict(shard) for shard in records],
+    }
+    try:
+        files.write_json(path / MANIFEST, manifest)
+    except OSError as error:
+        raise ResourceError(f"{path / MANIFEST} cannot be written: {error}. The one before is untouched.") from error
+
+
+def forget(path: Path, names: Iterable[str]) -> None:
+    """Take shards out of a store's manifest, then delete their files. embed() computes their rows anew. Takes the lock."""
+    with FileLock(path / ".lock"):
+        manifest = shards.read_manifest(path)
+        kept = [Shard(**shard) for shard in manifest["shards"] if shard["file"] not in set(names)]
+        _write_manifest(path, manifest["fingerprint"], manifest["width"], kept)
+        for name in names:
+            (path / name).unlink(missing_ok=True)
 
 
 def verify(path: str | Path) -> dict[str, str]:
@@ -221,7 +273,7 @@ def refuse_other_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[st
         )
 
 
-def _packed(keys: np.ndarray) -> np.ndarray:
+def packed(keys: np.ndarray) -> np.ndarray:
     """(n, 2) uint64 -> (n) byte strings of 16, which numpy sorts and compares whole."""
     return np.ascontiguousarray(keys).view("S16").reshape(-1)
 
@@ -232,16 +284,20 @@ def _short(value: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """python -m distill.store verify|info PATH: what is in a store, and whether it is whole."""
+    """python -m distill.store info|verify|repair PATH: what is in a store, whether it is whole, and to make it whole again."""
     parser = argparse.ArgumentParser(prog="python -m distill.store", description="Look at a store of teacher vectors.")
-    parser.add_argument("command", choices=("verify", "info"))
+    parser.add_argument("command", choices=("info", "verify", "repair"))
     parser.add_argument("path", type=Path)
     options = parser.parse_args(arguments)
+    commands = {"info": _print_info, "verify": _print_verify, "repair": _repair}
     try:
-        return (_print_verify if options.command == "verify" else _print_info)(options.path)
+        return commands[options.command](options.path)
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ResourceError.exit_code
 
 
 def _print_verify(path: Path) -> int:
@@ -251,6 +307,13 @@ def _print_verify(path: Path) -> int:
     count = len(shards.read_manifest(path)["shards"])
     print(f"{path}: {count - len(damaged)} of {count} shards are whole")
     return IntegrityError.exit_code if damaged else 0
+
+
+def _repair(path: Path) -> int:
+    damaged = verify(path)
+    forget(path, damaged)
+    print(f"{path}: {len(damaged)} damaged shards taken out. Run embed() again: only their rows are computed anew.")
+    return 0
 
 
 def _print_info(path: Path) -> int:

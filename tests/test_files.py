@@ -1,0 +1,119 @@
+"""Files and folders appear whole or not at all."""
+
+import json
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from distill import files
+
+
+class Interrupted(BaseException):
+    """As Ctrl-C: no Exception."""
+
+
+def test_a_file_is_published_whole_and_nothing_else_stays(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.txt"
+    with files.published_file(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [*path.parent.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, Interrupted])
+def test_a_failed_write_leaves_the_file_before(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(error):
+        _fail_halfway(files.published_file(path), ".", error)
+    assert path.read_text() == "old"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, Interrupted])
+def test_a_failed_folder_leaves_the_folder_before(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "model"
+    _publish(path, "old")
+    with pytest.raises(error):
+        _fail_halfway(files.published_folder(path), "a", error)
+    assert (path / "a").read_text() == "old"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("failing", range(3))
+def test_every_rename_of_a_folder_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    path = tmp_path / "model"
+    _publish(path, "old")
+    rename, calls = os.rename, iter(range(10))
+
+    def sometimes(source: Path, target: Path) -> None:
+        if next(calls) == failing:
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", sometimes)
+    if failing < 2:
+        with pytest.raises(OSError, match="no"):
+            _publish(path, "new")
+    else:
+        _publish(path, "new")
+    assert (path / "a").read_text() == ("old" if failing < 2 else "new")
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    _publish(path, "old")
+    (path / "left over").write_text("")
+    _publish(path, "new")
+    assert [item.name for item in path.iterdir()] == ["a"]
+    assert path.stat().st_mode & 0o777 == 0o755
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_removal_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "step-1"
+    _publish(path, "old")
+
+    def killed(path: Path) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as context:
+        context.setattr(files.shutil, "rmtree", killed)
+        with pytest.raises(Interrupted):
+            files.remove_folder(path)
+    assert not path.exists()
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / ".other.x").write_text("")
+    files.remove_unfinished(tmp_path, "step-*")
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".other.x", "step-2"]
+
+
+def test_json_survives_any_text(tmp_path: Path) -> None:
+    value = {"text": "naïve 漢 \ud800 \0", "numbers": [1, 2.5, None]}
+    files.write_json(tmp_path / "a.json", value)
+    raw = (tmp_path / "a.json").read_bytes()
+    assert json.loads(raw.decode("utf-8")) == value
+    assert "漢".encode() in raw
+
+
+def test_hashes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc" * 2_000_000)
+    seen: list[int] = []
+    assert files.sha256(tmp_path / "a", seen.append) == files.digest(b"abc" * 2_000_000)
+    assert sum(seen) == 6_000_000
+
+
+def _publish(path: Path, content: str) -> None:
+    with files.published_folder(path) as temporary:
+        (temporary / "a").write_text(content)
+
+
+def _fail_halfway(published: AbstractContextManager[Path], name: str, error: type[BaseException]) -> None:
+    with published as temporary:
+        (temporary / name).write_text("half")
+        raise error
