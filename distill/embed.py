@@ -7,15 +7,17 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,18 +28,21 @@ from distill.encoder import Encoder, Tokenized
 from distill.errors import DataError, DistillError, IntegrityError, NumericsError, ResourceError
 from distill.hub import cache_home
 from distill.modules import Tokens
-from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, text_keys
+from distill.shards import JOB, SHARD_ROWS, Shard
+from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, packed, text_keys
 
 WINDOW = 4096  # texts that are sorted by length together; batches are cut from it
 BATCH_TOKENS = 8192
-_UNFINISHED = "job.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    numbers: np.ndarray  # which of the job's texts
+    """Texts that run together: their numbers in the job, whether they have a token of their own, which are not stored yet."""
+
+    numbers: np.ndarray
     tokens: Tokens
     empty: np.ndarray
+    new: np.ndarray
 
 
 def default_store(teacher: Encoder) -> Path:
@@ -68,7 +73,7 @@ def embed(
     """
     path = Path(path) if path is not None else distributed.main_first(partial(default_store, teacher))
     texts = list(dict.fromkeys(texts))
-    store = distributed.main_first(partial(_prepare, path, teacher))
+    store = _prepare(path, teacher)
     prompt = teacher.prompt(role)
     keys = text_keys(texts, prompt=prompt)
     if (store.find(keys) < 0).any():
@@ -83,7 +88,7 @@ def embed_vocabulary(
 ) -> Float[Tensor, "v e"]:
     """The teacher's vector of each token of its vocabulary, alone between the special tokens; stored like texts, by id."""
     path = Path(path) if path is not None else distributed.main_first(partial(default_store, teacher))
-    store = distributed.main_first(partial(_prepare, path, teacher))
+    store = _prepare(path, teacher)
     names = [str(token) for token in range(len(teacher.tokenizer))]
     keys = text_keys(names, kind="token")
     if (store.find(keys) < 0).any():
@@ -106,33 +111,57 @@ def import_vectors(
     `checked` texts are embedded by the teacher and compared: IntegrityError names the first whose cosine is below
     `least_cosine`, since vectors of another model, prompt or max_length would teach the wrong space.
     """
-    if vectors.shape != (len(texts), teacher.width):
+    if not texts or vectors.shape != (len(texts), teacher.width):
         raise DataError(
-            f"{len(texts):,} texts and vectors of shape {vectors.shape}; expected ({len(texts)}, {teacher.width})."
+            f"{len(texts):,} texts and vectors of shape {vectors.shape}; expected ({max(len(texts), 1)}, {teacher.width})."
         )
+    prompt = teacher.prompt(role)
+    _refuse_foreign(texts, vectors, teacher, role, checked, least_cosine)
+    keys = text_keys(texts, prompt=prompt)
+    _, first = np.unique(keys, axis=0, return_index=True)
+    with _prepare(Path(path), teacher).lock():
+        store = Store.open(path)  # as it is now: another process may have written while this one waited
+        new = np.sort(first[store.find(keys[first]) < 0])
+        store.require_space(len(new))
+        written: list[Shard] = []
+        for start in range(0, len(new), SHARD_ROWS):
+            part = new[start : start + SHARD_ROWS]
+            tokenized = teacher.tokenize([texts[i] for i in part], prompt=prompt)
+            flags = _flags(vectors[part], np.array(tokenized.empty))
+            written += store.append(Rows(vectors[part], keys[part], tokenized.tokens.lengths.numpy(), flags))
+        store.publish(written)
+    return store
+
+
+def _refuse_foreign(
+    texts: Sequence[str], vectors: np.ndarray, teacher: Encoder, role: str | None, checked: int, least_cosine: float
+) -> None:
+    """Compare some of the vectors with what the teacher gives; rows that will be set aside anyway say nothing."""
     sample = np.linspace(0, len(texts) - 1, min(checked, len(texts))).astype(int)
+    theirs = torch.from_numpy(vectors[sample].astype(np.float32))
+    usable = theirs.isfinite().all(dim=1) & theirs.any(dim=1)
+    if not usable.any():
+        raise DataError(f"none of {len(sample)} vectors that were looked at is finite and not zero.")
+    sample, theirs = sample[usable.numpy()], theirs[usable]
     own = teacher.encode([texts[i] for i in sample], role=role)
-    agreement = similarity.pairwise_cosine(own, torch.from_numpy(vectors[sample].astype(np.float32)))
-    if (agreement < least_cosine).any():
-        worst = int(agreement.argmin())
+    agreement = similarity.pairwise_cosine(own, theirs)
+    if not (agreement >= least_cosine).all():
+        worst = int(agreement.nan_to_num(-2).argmin())
         raise IntegrityError(
             f"row {sample[worst]} ({texts[sample[worst]][:60]!r}) has cosine {agreement[worst]:.4f} to what {teacher.name} gives for it "
             f"(max_length {teacher.max_length}, prompt {teacher.prompt(role)!r}); at least {least_cosine} is asked. Name the encoder that made the vectors."
         )
-    store = _prepare(Path(path), teacher)
-    keys = text_keys(texts, prompt=teacher.prompt(role))
-    _, first = np.unique(keys, axis=0, return_index=True)
-    new = np.sort(first[store.find(keys[first]) < 0])
-    tokenized = teacher.tokenize([texts[i] for i in new], prompt=teacher.prompt(role))
-    flags = _flags(vectors[new], np.array(tokenized.empty))
-    with store.lock():
-        store.publish(store.append(Rows(vectors[new], keys[new], tokenized.tokens.lengths.numpy(), flags)))
-    return store
 
 
 def _prepare(path: Path, teacher: Encoder) -> Store:
+    """The store at `path`, made if it is not there by the main process; every process opens it by itself."""
+    distributed.main_first(partial(_create, path, teacher))
+    return Store.open(path)
+
+
+def _create(path: Path, teacher: Encoder) -> None:
     try:
-        return Store.open_or_create(path, teacher.fingerprint(), teacher.width)
+        Store.open_or_create(path, teacher.fingerprint(), teacher.width)
     except PermissionError as error:
         raise _not_writable(path, error) from error
 
@@ -149,82 +178,119 @@ class _Job:
     flush_seconds: float
 
     def run(self, path: Path) -> Store:
-        lock = FileLock(path / ".lock")
-        distributed.main_first(partial(_begin, path, lock))
+        lock, training = FileLock(path / ".lock"), self.teacher.training
+        self.teacher.eval()
         try:
+            _begin(path, lock)
             store = Store.open(path)
             wanted = distributed.main_first(partial(self._wanted, store))
-            self._rounds(store, self._plan(store, wanted))
-            distributed.main_first(partial((path / _UNFINISHED).unlink, missing_ok=True))
+            if len(wanted):
+                self._rounds(store, wanted)
+                distributed.main_first(partial((path / JOB).unlink, missing_ok=True))
         finally:
+            self.teacher.train(training)
             lock.release()
         return Store.open(path)
 
-    def _wanted(self, store: Store) -> list[int]:
+    def _wanted(self, store: Store) -> np.ndarray:
         """Numbers of the texts this job is about: an unfinished job's own list, if that still covers all that is missing."""
-        numbers = {bytes(key): number for number, key in enumerate(self.keys)}
         missing = np.flatnonzero(store.find(self.keys) < 0)
-        path = store.path / _UNFINISHED
-        if path.exists():
-            earlier = [bytes(key) for key in load_file(path)["keys"]]
-            if {bytes(self.keys[number]) for number in missing} <= set(earlier) <= set(numbers):
-                return [numbers[key] for key in earlier]
+        if not len(missing):
+            return missing
+        path, mine, earlier = store.path / JOB, packed(self.keys), _earlier(store.path / JOB)
+        if np.isin(mine[missing], earlier).all() and np.isin(earlier, mine).all():
+            order = np.argsort(mine, kind="stable")
+            return order[np.searchsorted(mine, earlier, sorter=order)]
         store.require_space(len(missing))
         with files.published_file(path) as temporary:
             save_file({"keys": self.keys[missing]}, temporary)
-        return missing.tolist()
+        return missing
 
-    def _plan(self, store: Store, wanted: list[int]) -> list[_Batch]:
-        """Batches of texts of similar length; those whose texts are all stored by now are left out, none is cut differently."""
-        batches = []
-        for start in tqdm(range(0, len(wanted), WINDOW), desc="tokens", unit="window", delay=2, disable=_quiet()):
-            window = np.array(wanted[start : start + WINDOW])
+    def _batches(self, wanted: np.ndarray, missing: np.ndarray) -> Iterator[_Batch]:
+        """This process's batches of texts of similar length. Those without a missing text are left out, none is cut differently.
+
+        Batches are dealt out one by one; whole windows where there are many, so that each is tokenized by one process.
+        """
+        rank, world = distributed.rank(), distributed.world_size()
+        by_window, dealt = len(wanted) >= 16 * world * WINDOW, 0
+        for start in range(0, len(wanted), WINDOW):
+            window, new = wanted[start : start + WINDOW], missing[start : start + WINDOW]
+            if not new.any() or (by_window and start // WINDOW % world != rank):
+                continue
             tokenized = self.tokenize([self.texts[number] for number in window])
             empty = np.array(tokenized.empty)
             for index, tokens in tokenized.tokens.grouped(BATCH_TOKENS):
-                batches.append(_Batch(window[index.numpy()], tokens, empty[index.numpy()]))
-        return [batch for batch in batches if (store.find(self.keys[batch.numbers]) < 0).any()]
+                chosen = index.numpy()
+                if new[chosen].any():
+                    if by_window or dealt % world == rank:
+                        yield _Batch(window[chosen], tokens, empty[chosen], new[chosen])
+                    dealt += 1
 
-    def _rounds(self, store: Store, batches: list[_Batch]) -> None:
-        """Each round every process computes and writes its batches, then the main process names the shards."""
-        total = sum(len(batch.numbers) for batch in batches)
-        bar = tqdm(total=total, desc=self.name, unit="text", delay=2, disable=_quiet())
-        each, world = 1, distributed.world_size()
-        while batches:
+    def _rounds(self, store: Store, wanted: np.ndarray) -> None:
+        """Each round every process computes and writes some batches, then the main process names the shards."""
+        missing = (
+            store.find(self.keys[wanted]) < 0
+        )  # as the job begins: only the main process sees what is published later
+        batches, each, done = self._batches(wanted, missing), 1, 0
+        bar = tqdm(total=int(missing.sum()), desc=self.name, unit="text", delay=2, disable=_quiet())
+        while True:
             began = time.monotonic()
-            now, batches = batches[: each * world], batches[each * world :]
-            rows = [self._compute(store, batch, bar) for batch in now[distributed.rank() :: world]]
-            shards = store.append(_joined(rows)) if rows else []
-            records = distributed.concatenate(distributed.gather_objects(shards))
+            records = distributed.concatenate(distributed.everywhere(partial(self._round, store, batches, each, bar)))
+            if not records:
+                break
             distributed.main_first(partial(store.publish, records))
-            bar.n = total - sum(len(batch.numbers) for batch in batches)
+            done += sum(record.rows for record in records)
+            bar.n = done
             bar.refresh()
             seconds = distributed.agree(max(time.monotonic() - began, 1e-3))
             each = max(1, min(4 * each, int(each * self.flush_seconds / seconds)))
         bar.close()
 
+    def _round(self, store: Store, batches: Iterator[_Batch], count: int, bar: tqdm) -> list[Shard]:
+        rows = [self._compute(batch, bar) for batch in islice(batches, count)]
+        return store.append(_joined(rows)) if rows else []
+
     @torch.inference_mode()
-    def _compute(self, store: Store, batch: _Batch, bar: tqdm) -> Rows:
+    def _compute(self, batch: _Batch, bar: tqdm) -> Rows:
         vectors = self.teacher.compute(batch.tokens).cpu()
         if not torch.isfinite(vectors).all() and self.teacher.compute_dtype != "float32":
             with torch.autocast(self.teacher.device.type, enabled=False):  # once more, in full precision
                 vectors = self.teacher(batch.tokens).float().cpu()
-        bar.update(len(batch.numbers))
-        new = store.find(self.keys[batch.numbers]) < 0
-        rows = vectors.numpy()
-        lengths = batch.tokens.lengths.numpy()
-        return Rows(rows[new], self.keys[batch.numbers[new]], lengths[new], _flags(rows[new], batch.empty[new]))
+        new = batch.new
+        bar.update(int(new.sum()))
+        rows, lengths = vectors.numpy()[new], batch.tokens.lengths.numpy()[new]
+        return Rows(rows, self.keys[batch.numbers[new]], lengths, _flags(rows, batch.empty[new]))
+
+
+def _earlier(path: Path) -> np.ndarray:
+    """Packed keys of an unfinished job; none if there is none, or if it cannot be read."""
+    try:
+        return packed(load_file(path)["keys"])
+    except (OSError, KeyError, ValueError, SafetensorError):
+        return packed(np.zeros((0, 2), np.uint64))
 
 
 def _begin(path: Path, lock: BaseFileLock) -> None:
     """Take the writers' lock, say so if that means waiting, and clear what a killed writer left."""
+    seconds = 1.0
+    while not distributed.main_first(partial(_locked, path, lock, seconds)):  # in steps: a collective has a time limit
+        if distributed.is_main() and seconds == 1.0:
+            print(f"waiting for another process that writes {path} ...", file=sys.stderr)
+        seconds = 60.0
+    distributed.main_first(partial(_clear, path))
+
+
+def _locked(path: Path, lock: BaseFileLock, seconds: float) -> bool:
     try:
-        lock.acquire(timeout=1)
+        lock.acquire(timeout=seconds)
     except Timeout:
-        print(f"waiting for another process that writes {path} ...", file=sys.stderr)
-        lock.acquire(timeout=-1)
+        return False
     except PermissionError as error:
         raise _not_writable(path, error) from error
+    return True
+
+
+def _clear(path: Path) -> None:
     Store.open(path).remove_orphans()
 
 
@@ -253,10 +319,13 @@ def _joined(rows: list[Rows]) -> Rows:
 def _refuse_collapsed(vectors: Float[Tensor, "n e"], name: str) -> None:
     if len(vectors) < 8:
         return
-    spread = similarity.normalize(vectors[torch.isfinite(vectors).all(dim=1)]).std(dim=0).max()
+    finite = vectors[torch.isfinite(vectors).all(dim=1)]
+    if len(finite) < 2:
+        raise NumericsError(f"{name} gives no finite vector for {len(vectors) - len(finite)} of {len(vectors)} texts.")
+    spread = similarity.normalize(finite).std(dim=0).max()
     if not spread > 1e-6:
         raise NumericsError(
-            f"{name} gives the same vector for all of {len(vectors)} texts (largest deviation of a coordinate {float(spread):.1e}). "
+            f"{name} gives the same vector for all of {len(finite)} texts (largest deviation of a coordinate {float(spread):.1e}). "
             "There is nothing to learn from it: check its weights, pooling and prompt."
         )
 
@@ -284,14 +353,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         teacher = Encoder.from_pretrained(options.teacher, max_length=options.max_length)
         texts = load_texts(options.texts, column=options.column, unique=False).texts
-        store = import_vectors(
-            texts, np.load(options.vectors, mmap_mode="r", allow_pickle=False), teacher, options.path
-        )
+        store = import_vectors(texts, _read_array(options.vectors), teacher, options.path)
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(f"{options.path}: {len(store):,} vectors of width {store.width}")
     return 0
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not an array that can be read: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise DataError(f"{path} holds no floating point array; save it with numpy.save(path, vectors).")
+    return array
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def match(
     Texts whose vector was set aside, or of which the student reads no token, are left out and counted in `report`;
     so is the share that each side cuts at its max_length. DataError if nothing is left.
     """
-    by_role = texts.items() if isinstance(texts, Mapping) else [(None, texts)]
+    by_role = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
+    if not by_role:
+        raise DataError("no texts to train on: the mapping of roles is empty.")
     parts = [_part(list(dict.fromkeys(some)), role, student, teacher, store) for role, some in by_role]
     ids = torch.cat([part.tokens.ids for part in parts])
     lengths = torch.cat([part.tokens.lengths for part in parts])
@@ -76,7 +78,7 @@ def _part(texts: list[str], role: str | None, student: Encoder, teacher: Encoder
         if share.any()
     ]
     chosen = np.flatnonzero(good)
-    short = torch.from_numpy(keys[chosen, 0].astype(np.int64, copy=False).view(np.int64).copy())
+    short = torch.from_numpy(keys[chosen, 0].view(np.int64))
     return Examples(
         [texts[i] for i in chosen],
         tokenized.tokens.rows(torch.from_numpy(chosen)),

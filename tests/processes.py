@@ -1,0 +1,118 @@
+"""Real processes for tests: spawned, never forked; joined by gloo over a file; killed, and their output shown, if they hang.
+
+`run(function, 2, folder, texts=40)` calls a function of a test module in two processes and returns what each returned.
+Arguments and results are JSON.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Group:
+    """Processes of one call, rank 0 first, and the folder that holds what they print and return."""
+
+    processes: list[subprocess.Popen[bytes]]
+    folder: Path
+
+    def wait(self, timeout_seconds: float = 180) -> list[int]:
+        """Exit codes. Where one process failed, the others get 20 seconds more."""
+        end, first_failure = time.monotonic() + timeout_seconds, 0.0
+        while None in (codes := [process.poll() for process in self.processes]):
+            if any(codes):
+                first_failure = first_failure or time.monotonic()
+                end = min(end, first_failure + 20)
+            if time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"hung: {codes}\n{self.output()}")
+            time.sleep(0.02)
+        return [process.returncode for process in self.processes]
+
+    def wait_until(self, condition: Callable[[], bool], timeout_seconds: float = 120) -> None:
+        end = time.monotonic() + timeout_seconds
+        while not condition():
+            if time.monotonic() > end or all(process.poll() is not None for process in self.processes):
+                self.kill()
+                raise AssertionError(f"it never came to that\n{self.output()}")
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def output(self) -> str:
+        files = sorted(self.folder.glob("*.out"))
+        return "\n".join(f"--- {file.stem}\n{file.read_text(errors='replace')}" for file in files)
+
+    def results(self) -> list[Any]:
+        return [json.loads((self.folder / f"{rank}.json").read_text()) for rank in range(len(self.processes))]
+
+
+def start(function: Callable[..., Any], world: int, folder: Path, **arguments: Any) -> Group:
+    number = len(list(folder.glob("call-*"))) if folder.exists() else 0
+    place = folder / f"call-{number}"
+    place.mkdir(parents=True)
+    module = Path(sys.modules[function.__module__].__file__ or "").stem
+    call = [sys.executable, str(Path(__file__)), module, function.__name__, json.dumps(arguments, default=str)]
+    processes = []
+    for rank in range(world):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+        if world > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        with (place / f"{rank}.out").open("wb") as out:
+            command = [*call, str(place / f"{rank}.json")]
+            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
+    return Group(processes, place)
+
+
+def run(
+    function: Callable[..., Any], world: int, folder: Path, *, timeout_seconds: float = 180, **arguments: Any
+) -> list[Any]:
+    """What each process returned, in rank order."""
+    group = start(function, world, folder, **arguments)
+    codes = group.wait(timeout_seconds)
+    assert not any(codes), f"exit codes {codes}\n{group.output()}"
+    return group.results()
+
+
+def _main(module: str, name: str, arguments: str, result: str) -> int:
+    importlib.import_module("conftest")  # shapes are checked here too
+    import torch
+    import torch.distributed as dist
+
+    from distill.errors import DistillError
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    if "WORLD_SIZE" in os.environ:
+        place = Path(result).with_name("rendezvous").resolve()
+        world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+        dist.init_process_group("gloo", init_method=f"file://{place}", world_size=world, rank=rank)
+    try:
+        value = getattr(importlib.import_module(module), name)(**json.loads(arguments))
+    except DistillError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    Path(result).write_text(json.dumps(value))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))
