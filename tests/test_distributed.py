@@ -1,0 +1,242 @@
+"""N processes give the loss and the gradient of one process: real processes, real DDP, every loss."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distill import distributed, losses
+from distill.errors import DataError
+from distill.losses import WeightedSum
+
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "CosineDistance": losses.CosineDistance,
+    "EmbeddingMSE": losses.EmbeddingMSE,
+    "CrossKL": lambda: losses.CrossKL(temperature=0.1),
+    "CrossKL with a teacher_temperature": lambda: losses.CrossKL(temperature=0.2, teacher_temperature=0.1),
+    "CrossContrastive": lambda: losses.CrossContrastive(temperature=0.1),
+    "CrossContrastive, symmetric": lambda: losses.CrossContrastive(temperature=0.1, symmetric=True),
+    "GramMSE": losses.GramMSE,
+    "GramKL": lambda: losses.GramKL(temperature=0.1),
+    "WeightedSum": lambda: WeightedSum(
+        {"cross": losses.CrossKL(temperature=0.1), "gram": losses.GramMSE()}, {"cross": 1.0, "gram": 0.3}
+    ),
+}
+SIZES = {1: [[8]], 2: [[4, 4], [6, 2], [8, 0], [0, 8]], 3: [[3, 3, 2], [4, 4, 0], [1, 7, 0]]}
+WIDTH, ROWS, BANK = 6, 8, 5
+
+
+def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    draw = {name: torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64) for name, rows in SHAPES.items()}
+    keys = torch.tensor([0, 1, 2, 1, 4, 5, 6, 7])  # two rows are the same text
+    return {name: value.to(dtype) for name, value in draw.items()} | {"keys": keys, "bank_keys": torch.arange(BANK) + 3}
+
+
+SHAPES = {"texts": ROWS, "teacher": ROWS, "bank": BANK, "weight": WIDTH}
+
+
+def columns_of(loss: nn.Module, data: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: data[name] for name in names} if getattr(loss, "uses_bank", False) else {}
+
+
+def linear(data: dict[str, Tensor]) -> nn.Linear:
+    model = nn.Linear(WIDTH, WIDTH, bias=False, dtype=data["weight"].dtype)
+    model.weight.data.copy_(data["weight"])
+    return model
+
+
+def cases() -> Iterator[tuple[str, tuple[str, ...]]]:
+    for name, make in LOSSES.items():
+        yield name, ()
+        if getattr(make(), "uses_bank", False):
+            yield name, ("bank",)
+            yield name, ("keys",)
+            yield name, ("bank", "keys", "bank_keys")
+
+
+def worst_errors(sizes: list[list[int]]) -> dict[str, list[Any]]:
+    """In one of several processes: the largest error of value and gradient for every loss, and of the known-wrong scheme."""
+    found: dict[str, list[Any]] = {"right": [], "local rows": [], "mean of means": []}
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        data = inputs(dtype)
+        for each in sizes:
+            for name, names in cases():
+                error = _error(LOSSES[name](), data, each, names)
+                if error > tolerance:
+                    found["right"].append([name, list(names), each, str(dtype), error])
+    for each in sizes:
+        found["local rows"].append(
+            [_error(LOSSES[name](), data, each, (), _local_rows) for name in ("GramMSE", "GramKL")]
+        )
+        if min(each):
+            found["mean of means"].append([_error(LOSSES[name](), data, each, (), _mean_of_means) for name in LOSSES])
+    return found
+
+
+def _error(
+    loss: nn.Module,
+    data: dict[str, Tensor],
+    sizes: list[int],
+    names: tuple[str, ...],
+    scheme: Callable[..., Any] | None = None,
+) -> float:
+    """The larger of the errors of value and gradient against one process with all rows, relative to the gradient's size."""
+    extra = columns_of(loss, data, names)
+    alone = linear(data)
+    expected = loss(alone(data["texts"]), data["teacher"], **extra)
+    expected.backward()
+    bounds = torch.tensor([0, *sizes]).cumsum(0)
+    mine = slice(int(bounds[distributed.rank()]), int(bounds[distributed.rank() + 1]))
+    keys = extra.pop("keys", None)
+    model = DistributedDataParallel(linear(data)) if dist.is_initialized() else linear(data)
+    vectors = model(data["texts"][mine]) if sizes[distributed.rank()] else model(data["texts"][:1])[:0]
+    teacher = data["teacher"][mine]
+    if scheme:
+        value = scheme(loss, vectors, teacher)
+    else:
+        value = distributed.global_loss(loss, vectors, teacher, **extra, keys=None if keys is None else keys[mine])
+    value.backward()
+    gradient = next(model.parameters()).grad
+    assert gradient is not None
+    assert alone.weight.grad is not None
+    difference = (gradient - alone.weight.grad).abs().max() / alone.weight.grad.abs().max().clamp(min=1.0)
+    return max(float(difference), abs(value.item() - expected.item()) / max(1.0, abs(expected.item())))
+
+
+def _local_rows(loss: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+    """Gather without gradient, and no factor for DDP's mean: every process keeps its own rows' gradient only."""
+    everyone = list(distributed.gather_rows(student).split(distributed.gather_objects(len(student))))
+    everyone[distributed.rank()] = student
+    return loss(torch.cat(everyone), distributed.gather_rows(teacher))
+
+
+def _mean_of_means(loss: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+    return loss(student, teacher)
+
+
+def collectives() -> dict[str, Any]:
+    """In one of several processes: what the small functions give."""
+    rank, world = distributed.rank(), distributed.world_size()
+    sizes = [3 * (world - 1 - number) for number in range(world)]  # the last has none
+    rows = torch.arange(sizes[rank] * 2.0).view(-1, 2) + 100 * rank
+    expected = torch.cat([torch.arange(size * 2.0).view(-1, 2) + 100 * number for number, size in enumerate(sizes)])
+    empty = distributed.gather_rows(torch.zeros(0, 4))
+    errors = {
+        "main_first": _message(lambda: distributed.main_first(_fail)),
+        "everywhere": _message(lambda: distributed.everywhere(_fail if rank == world - 1 else int)),
+        "foreign": _message(lambda: distributed.main_first(_fail_strangely)),
+    }
+    return {
+        "rows": bool(torch.equal(distributed.gather_rows(rows.requires_grad_()), expected)),
+        "numbers": distributed.gather_rows(torch.full((rank,), rank)).tolist(),
+        "empty": list(empty.shape),
+        "grad": distributed.gather_rows(rows).requires_grad,
+        "agree": distributed.agree(f"from {rank}"),
+        "objects": distributed.gather_objects(rank),
+        "all": distributed.everywhere(lambda: rank * 2),
+        "any": [distributed.any_process(rank == world - 1), distributed.any_process(False)],
+        "share": [[*distributed.share(count)] for count in (0, 1, 2, 7, 8)],
+        "main": distributed.main_first(lambda: rank),
+        "errors": errors,
+    }
+
+
+class Strange(Exception):
+    """As some libraries' exceptions: what it was made of cannot be sent to another process."""
+
+    def __init__(self, *, response: object):
+        super().__init__("no route")
+        self.response = response
+
+
+def _fail() -> None:
+    raise DataError("row 7")
+
+
+def _fail_strangely() -> None:
+    raise Strange(response=lambda: None)
+
+
+def _message(action: Callable[[], Any]) -> str:
+    try:
+        return f"returned {action()}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def everything(sizes: list[list[int]]) -> dict[str, Any]:
+    return {"errors": worst_errors(sizes), "collectives": collectives()}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def spawned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    world = request.param
+    return processes.run(everything, world, tmp_path_factory.mktemp("distributed"), sizes=SIZES[world])
+
+
+def test_every_loss_has_a_place_in_the_table() -> None:
+    modules = {name for name in losses.__all__ if isinstance(getattr(losses, name), type)}
+    assert modules - {"Schedule"} <= {name.split(",")[0].split(" ")[0] for name in LOSSES}
+
+
+def test_value_and_gradient_of_any_number_of_processes_are_those_of_one(spawned: list[dict[str, Any]]) -> None:
+    assert [result["errors"]["right"] for result in spawned] == [[]] * len(spawned)
+
+
+def test_the_known_wrong_schemes_are_seen_to_be_wrong(spawned: list[dict[str, Any]]) -> None:
+    for result in spawned:
+        assert all(error > 1e-3 for errors in result["errors"]["local rows"] for error in errors)
+        assert all(max(errors) > 1e-3 for errors in result["errors"]["mean of means"])
+
+
+def test_collectives(spawned: list[dict[str, Any]]) -> None:
+    world = len(spawned)
+    found = [result["collectives"] for result in spawned]
+    for rank, result in enumerate(found):
+        assert (result["rows"], result["empty"], result["grad"]) == (True, [0, 4], False)
+        assert result["numbers"] == [number for number in range(world) for _ in range(number)]
+        assert (result["agree"], result["main"]) == ("from 0", 0)
+        assert result["objects"] == [*range(world)]
+        assert result["all"] == [2 * number for number in range(world)]
+        assert result["any"] == [True, False]
+        own, told = "Strange: no route", "RuntimeError: Strange: no route"
+        assert result["errors"] == {
+            "main_first": "DataError: row 7",
+            "everywhere": "DataError: row 7",
+            "foreign": told if rank else own,
+        }
+    for place, count in enumerate((0, 1, 2, 7, 8)):
+        shares = [result["share"][place] for result in found]
+        assert [row for share in shares for row in share] == [*range(count)]
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_needs_no_group() -> None:
+    assert worst_errors(SIZES[1])["right"] == []
+    rows = torch.randn(3, 2, requires_grad=True)
+    assert not distributed.gather_rows(rows).requires_grad
+    assert (distributed.agree(5), distributed.gather_objects(5), distributed.any_process(True)) == (5, [5], True)
+    assert distributed.everywhere(lambda: 5) == [5]
+    assert distributed.share(4) == range(4)
+    with pytest.raises(DataError, match="row 7"):
+        distributed.main_first(_fail)
+    with pytest.raises(Strange):
+        distributed.everywhere(_fail_strangely)
+
+
+def test_a_hung_group_is_killed_and_its_output_shown(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)hung.*rank 0 waits"):
+        processes.run(_hang, 1, tmp_path, timeout_seconds=8)
+
+
+def _hang() -> None:
+    print(f"rank {distributed.rank()} waits", flush=True)
+    time.sleep(600)
