@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -592,42 +590,3 @@ def test_sizes(bert: Encoder, tiny_bert_cls: Path) -> None:
     assert (bert.special_token_count, static_encoder().special_token_count) == (2, 0)
     assert bert.parameter_count == sum(parameter.numel() for parameter in bert.parameters())
     assert not bert.training
-
-
-# Tokens
-
-
-texts_of_tokens = st.lists(st.lists(st.integers(0, 1000), max_size=9), max_size=12)
-
-
-def as_lists(tokens: Tokens) -> list[list[int]]:
-    return [part.tolist() for part in torch.split(tokens.ids, tokens.lengths.tolist())]
-
-
-@settings(deadline=None)
-@given(texts_of_tokens, st.data())
-def test_rows_are_the_texts_at_the_index(ids: list[list[int]], data: st.DataObject) -> None:
-    tokens = Tokens.from_lists(ids)
-    assert (len(tokens), as_lists(tokens)) == (len(ids), ids)
-    places = data.draw(st.lists(st.integers(0, len(ids) - 1)) if ids else st.just([]))
-    chosen = tokens.rows(torch.tensor(places, dtype=torch.long))
-    assert as_lists(chosen) == [ids[place] for place in places]
-    assert (chosen.ids.dtype, chosen.lengths.dtype) == (torch.int32, torch.int32)
-
-
-@settings(deadline=None)
-@given(texts_of_tokens, st.integers(1, 40))
-def test_groups_hold_every_text_once_within_the_budget(ids: list[list[int]], budget: int) -> None:
-    groups = list(Tokens.from_lists(ids).grouped(budget))
-    order = [place for index, _ in groups for place in index.tolist()]
-    assert sorted(order) == list(range(len(ids)))
-    assert [text for _, tokens in groups for text in as_lists(tokens)] == [ids[place] for place in order]
-    assert [len(ids[place]) for place in order] == sorted(map(len, ids))
-    for _, tokens in groups:
-        assert len(tokens) == 1 or len(tokens) * int(tokens.lengths.max()) <= budget
-
-
-def test_unknown_pooling_modes_are_refused(unchecked: None) -> None:
-    for modes in (["median"], []):
-        with pytest.raises(ValueError, match=r"pooling modes are mean, cls.*got"):
-            Pooling(8, modes)
