@@ -39,6 +39,9 @@ class TeacherConfig:
         distributed.main_first(partial(_fetch, self.name, self.revision))
         teacher = Encoder.from_pretrained(self.name, revision=self.revision, compute_dtype=self.compute_dtype)
         teacher.max_length = min(teacher.max_length, self.max_length or teacher.max_length)
+        if teacher.max_length <= teacher.special_token_count:
+            least = teacher.special_token_count + 1
+            raise RecipeError(f"--teacher.max-length is {least} or more for {self.name}, got {self.max_length}.")
         return teacher.to(distributed.device())
 
 

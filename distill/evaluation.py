@@ -64,7 +64,7 @@ class Scores:
     """Scores of several systems on the same data: `table[system][metric]`."""
 
     table: dict[str, dict[str, Score]]
-    speeds: dict[str, dict[str, float]]
+    speeds: dict[str, dict[str, int | float]]
 
     def difference(self, first: str, second: str, metric: str) -> Interval:
         """The mean of first - second over the rows that both were scored on, with its paired interval."""
@@ -98,7 +98,7 @@ class Scores:
         )
 
 
-_SPEED_CELLS: dict[str, Callable[[dict[str, float]], str]] = {
+_SPEED_CELLS: dict[str, Callable[[dict[str, int | float]], str]] = {
     "parameters": lambda speed: f"{speed['parameters'] / 1e6:,.3g}M",
     "texts/s, one process": lambda speed: f"{speed['texts_per_second']:,.0f}",
 }
@@ -256,7 +256,9 @@ def _stored(teacher: Encoder, path: str | Path | None) -> Encode:
     return encode
 
 
-def _speeds(encoders: Mapping[str, Encoder], data: EvaluationData, seconds: float = 1.0) -> dict[str, dict[str, float]]:
+def _speeds(
+    encoders: Mapping[str, Encoder], data: EvaluationData, seconds: float = 1.0
+) -> dict[str, dict[str, int | float]]:
     """Parameters, bytes, and texts a second of one process, measured on the evaluation's own texts, after a warm-up."""
     texts = list(data.texts) or [text for task in data.retrieval.values() for text in task.corpus]
     texts = texts or [text for task in data.pairs.values() for text in task.sentence1]

@@ -1,0 +1,235 @@
+"""Flags in, one message and an exit code out: every kind of error, in this process."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill import cli, errors
+from distill.errors import IntegrityError, RecipeError, ResourceError, Stopped
+from distill.training import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    size: int = 3
+    """How large."""
+    factor: float = 1.0
+    """How much."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise RecipeError(f"size is 1 or more, got {self.size}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    data: str = "a.txt"
+    """The texts."""
+    output: Path = Path("runs/x")
+    """Where to."""
+    group: Group = field(default_factory=Group)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.data == "bad":
+            raise RecipeError("--data cannot be bad.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quick:
+    output: Path = Path("runs/x")
+    resume: bool = False
+
+
+Ran = tuple[int, str, str]
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("--flag", raises=error)`: exit code, output and error output of a program that does no more than that."""
+
+    def call(*arguments: str, raises: BaseException | None = None, kind: type = Recipe) -> Ran:
+        def main(recipe: Any) -> None:
+            """What it is for."""
+            if raises is not None:
+                raise raises
+            cli.say(recipe)
+
+        monkeypatch.setattr(sys, "argv", ["recipes/x.py", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(main, kind)
+        shown = capsys.readouterr()
+        return int(exit_.value.code or 0), shown.out, shown.err
+
+    return call
+
+
+def test_flags_become_fields(run: Run) -> None:
+    code, out, _ = run("--data", "b.txt", "--group.size", "7", "--train.epochs", "2")
+    assert code == 0
+    assert "data='b.txt'" in out
+    assert "size=7" in out
+    assert "epochs=2.0" in out
+
+
+def test_help_says_what_it_is_for_and_names_debug(run: Run) -> None:
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    assert "What it is for." in out
+    assert "--debug" in out
+    assert "--train.resume" in out
+    assert "--train.no-resume" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--group.sise", "3"], "--group.size"),
+        (["--group.size", "x"], "--group.size"),
+        (["--train.schedule", "cosin"], "cosine"),
+    ],
+)
+def test_a_flag_that_is_not_understood_is_shown_with_what_is_meant(
+    run: Run, arguments: list[str], message: str
+) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "bad"], "error: --data cannot be bad."),
+        (["--group.size", "0"], "error: --group: size is 1 or more, got 0."),
+        (["--train.warmup-fraction", "2"], "error: --train: warmup_fraction is 0..1, got 2.0."),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_plain_line(run: Run, arguments: list[str], message: str) -> None:
+    assert run(*arguments) == (2, "", f"\n{message}\n")
+
+
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.DistillError)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (errors.DistillError, Stopped)])
+def test_every_kind_of_error_has_its_exit_code_and_no_traceback(run: Run, kind: type[errors.DistillError]) -> None:
+    code, _, err = run(raises=kind("what went wrong."))
+    assert (code, err) == (kind.exit_code, "\nerror: what went wrong.\n")
+    assert 2 <= code <= 6
+
+
+def test_debug_adds_the_traceback(run: Run) -> None:
+    code, _, err = run("--debug", raises=errors.DataError("what went wrong."))
+    assert code == 3
+    assert "error: what went wrong." in err
+    assert "Traceback" in err
+    assert "test_cli.py" in err
+
+
+def test_an_error_of_the_program_itself_is_not_hidden(run: Run) -> None:
+    with pytest.raises(TypeError):
+        run(raises=TypeError("a mistake of ours"))
+
+
+def test_a_disk_that_is_full_says_which_and_how_to_go_on(run: Run) -> None:
+    code, _, err = run("--data", "b.txt", raises=OSError(errno.ENOSPC, "No space left on device", "/data/x"))
+    assert code == 6
+    assert "/data/x: No space left on device; free some space there." in err
+    assert "python recipes/x.py --data b.txt --train.resume" in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "command"),
+    [
+        (Recipe, ["--data", "b c.txt"], "python recipes/x.py --data 'b c.txt' --train.resume"),
+        (Recipe, ["--train.resume"], "python recipes/x.py --train.resume"),
+        (Quick, [], "python recipes/x.py --resume"),
+    ],
+)
+def test_a_stop_tells_the_command_that_goes_on(run: Run, kind: type, arguments: list[str], command: str) -> None:
+    stop = Stopped("stopped after step 3 of 9; everything is saved. Run the same command with ...", 143)
+    code, _, err = run(*arguments, raises=stop, kind=kind)
+    assert code == 143
+    assert err == f"\nerror: stopped after step 3 of 9; everything is saved. To go on:\n  {command}\n"
+    code, _, err = run(*arguments, raises=KeyboardInterrupt(), kind=kind)
+    assert code == 130
+    assert err.endswith(f"  {command}\n")
+
+
+def test_a_termination_outside_of_the_training_is_a_stop_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main(recipe: Recipe) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(sys, "argv", ["recipes/x.py"])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main, Recipe)
+    assert exit_.value.code == 143
+    assert "python recipes/x.py --train.resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# What is recorded
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Recipe:
+    """A recipe whose run has reached a checkpoint."""
+    recipe = Recipe(data="texts/a.txt", output=tmp_path)
+    cli.record(recipe, tmp_path)
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    return recipe
+
+
+def changed(recipe: Recipe, **train: Any) -> Recipe:
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, resume=True, **train))
+
+
+def test_the_recipe_is_written_with_every_field(tmp_path: Path) -> None:
+    cli.record(Recipe(output=tmp_path), tmp_path)
+    written = json.loads((tmp_path / "recipe.json").read_text())
+    assert written["recipe"]["train"]["batch_size"] == TrainConfig().batch_size
+    assert written["recipe"]["output"] == str(tmp_path)
+    assert set(written) == {"command", "recipe"}
+
+
+def test_a_run_is_not_resumed_with_another_recipe(begun: Recipe) -> None:
+    before = (begun.output / "recipe.json").read_bytes()
+    with pytest.raises(IntegrityError, match=r"--train\.batch-size: was 256, is 128\nResume with the same flags"):
+        cli.record(changed(begun, batch_size=128), begun.output)
+    assert (begun.output / "recipe.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [{"save_every": 7}, {"keep_checkpoints": 9}, {"trackers": ("tensorboard",)}])
+def test_a_run_is_resumed_with_what_changes_no_step(begun: Recipe, options: dict[str, Any]) -> None:
+    cli.record(changed(begun, **options), begun.output)
+    cli.record(dataclasses.replace(changed(begun), data="elsewhere/texts/a.txt"), begun.output)
+
+
+def test_a_new_run_says_that_it_replaces_an_earlier_one(begun: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    (begun.output / "non-finite.json").write_text("{}")
+    cli.record(begun, begun.output)
+    assert "holds an earlier run, which this one replaces" in capsys.readouterr().err
+    assert not (begun.output / "non-finite.json").exists()
+
+
+def test_an_output_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ResourceError, match=rf"{output}: .* Name a folder you may write to with --output\."):
+            cli.record(Recipe(output=output), output)

@@ -1,0 +1,120 @@
+"""Groups of flags: combinations that cannot be are refused when they are made, before weights load."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, hold_out
+from distill.data import load_texts
+from distill.embed import embed
+from distill.encoder import Encoder
+from distill.errors import DataError, RecipeError
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (StudentConfig, {"kind": "pretrained"}, "--student.name names the model"),
+        (StudentConfig, {"name": "x/y"}, "--student.name names the model"),
+        (StudentConfig, {"kind": "layers", "width": 64}, "--student.width is of --student.kind static"),
+        (StudentConfig, {"layers": (0, 1)}, "--student.layers is of --student.kind layers"),
+        (StudentConfig, {"kind": "layers", "layers": (1, 0)}, "rising numbers from 0, got 1 0"),
+        (StudentConfig, {"kind": "layers", "layers": (0, 0)}, "rising numbers"),
+        (StudentConfig, {"kind": "layers", "layers": (-1, 0)}, "rising numbers"),
+        (StudentConfig, {"width": 0}, "--student.width is 1 or more, got 0"),
+        (TeacherConfig, {"max_length": 0}, "--teacher.max-length is 1 or more, got 0"),
+        (EvaluationConfig, {"corpus": "x"}, "--evaluation.corpus, --evaluation.queries, --evaluation.qrels belong"),
+        (EvaluationConfig, {"classify_test": "x"}, "--evaluation.classify-train, --evaluation.classify-test belong"),
+    ],
+)
+def test_what_cannot_be_is_refused(kind: type, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        kind(**options)
+
+
+@pytest.mark.parametrize(("asked", "gives"), [(16, 16), (128, tiny.MAX_LENGTH), (None, tiny.MAX_LENGTH)])
+def test_a_teacher_cuts_at_the_lower_of_both_limits(tiny_bert: Path, asked: int | None, gives: int) -> None:
+    assert TeacherConfig(name=str(tiny_bert), max_length=asked).load().max_length == gives
+
+
+def test_a_max_length_without_room_for_a_token_is_refused(tiny_bert: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--teacher.max-length is 3 or more .* got 2"):
+        TeacherConfig(name=str(tiny_bert), max_length=2).load()
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "width"),
+    [
+        ({}, "bert-static-32", tiny.WIDTH),
+        ({"width": 8}, "bert-static-8", tiny.WIDTH),
+        ({"kind": "layers"}, "bert-layers-0-1-5", tiny.WIDTH),
+        ({"kind": "layers", "layers": (2, 4), "projection": "ridge"}, "bert-layers-2-4", tiny.WIDTH),
+    ],
+)
+def test_each_kind_of_student_emits_vectors_of_the_teachers_width(
+    tiny_bert: Path, tmp_path: Path, options: dict[str, Any], name: str, width: int
+) -> None:
+    teacher = TeacherConfig(name=str(tiny_bert)).load()
+    store = embed(tiny.SENTENCES, teacher, tmp_path / "store")
+    student = StudentConfig(**options).build(teacher, store, tiny.SENTENCES)
+    assert (student.name, student.width) == (name, width)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_token_table_of_a_transformer_is_trained_on_demand(tiny_bert: Path, tmp_path: Path, train: bool) -> None:
+    teacher = TeacherConfig(name=str(tiny_bert)).load()
+    store = embed(tiny.SENTENCES, teacher, tmp_path / "store")
+    student = StudentConfig(kind="layers", train_token_table=train).build(teacher, store, tiny.SENTENCES)
+    assert student.backbone.model.get_input_embeddings().weight.requires_grad is train
+
+
+def test_a_pretrained_student_is_fitted_to_texts_that_are_stored_by_role(tmp_path: Path, tiny_bert_cls: Path) -> None:
+    prompts = {"query": "How do I ", "document": "Interest rates: "}
+    teacher = Encoder.from_pretrained(tiny.bert(tmp_path / "prompted", layers=2, prompts=prompts))
+    texts = {"query": tiny.SENTENCES[:6], "document": tiny.SENTENCES[6:]}
+    for role, some in texts.items():
+        store = embed(some, teacher, tmp_path / "store", role=role)
+    student = StudentConfig(kind="pretrained", name=str(tiny_bert_cls)).build(teacher, store, texts)
+    assert student.width == teacher.width
+
+
+@given(
+    texts=st.lists(st.text(min_size=1), unique=True, min_size=2, max_size=60),
+    count=st.integers(0, 40) | st.none(),
+    seed=st.randoms(),
+)
+def test_held_out_texts_are_a_part_of_the_texts_whatever_their_order(
+    texts: list[str], count: int | None, seed: Any
+) -> None:
+    if count is not None and len(texts) - count < 2:
+        with pytest.raises(RecipeError, match="leaves fewer than 2"):
+            hold_out(texts, count)
+        return
+    train, held = hold_out(texts, count)
+    assert len(held) == (min(500, len(texts) // 10) if count is None else count)
+    assert sorted([*train, *held]) == sorted(texts)
+    assert [text for text in texts if text in set(held)] == held
+    shuffled = list(texts)
+    seed.shuffle(shuffled)
+    assert set(hold_out(shuffled, count)[1]) == set(held)
+
+
+def test_evaluation_data_is_read_by_name_and_a_mistake_in_a_file_shows(tmp_path: Path) -> None:
+    (tmp_path / "sts.v2.csv").write_text("a one,a two,3.5\nb one,b two,1\n")
+    data = EvaluationConfig(sts=(str(tmp_path / "sts.v2.csv"),)).load(["held out"], role="document")
+    assert (list(data.pairs), data.texts, data.role) == (["sts"], ["held out"], "document")
+    with pytest.raises(DataError, match=r"absent\.csv"):
+        EvaluationConfig(sts=(str(tmp_path / "absent.csv"),)).load([])
+
+
+def test_held_out_texts_do_not_depend_on_the_order_of_files(tmp_path: Path) -> None:
+    for name, texts in {"a.txt": tiny.SENTENCES[:6], "b.txt": tiny.SENTENCES[6:]}.items():
+        (tmp_path / name).write_text("\n".join(texts))
+    names = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    one, other = (load_texts(order).texts for order in (names, names[::-1]))
+    assert one != other
+    assert set(hold_out(one, 4)[1]) == set(hold_out(other, 4)[1])

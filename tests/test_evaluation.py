@@ -1,0 +1,272 @@
+"""Scores against hand-computed and scipy values; roles, prompts and the store in the whole evaluation."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import tiny
+import torch
+import torch.nn.functional as F
+
+from distill import students
+from distill.data import Labelled, Pairs, Retrieval
+from distill.embed import embed
+from distill.encoder import Encoder
+from distill.errors import DataError
+from distill.evaluation import (
+    EvaluationData,
+    Score,
+    Scores,
+    centroid_accuracy,
+    evaluate,
+    fidelity,
+    retrieval,
+    similarity_pairs,
+)
+from distill.metrics import Interval
+
+PROMPTS = {"query": "How do I find ", "document": "Interest rates: "}
+
+
+def task(qrels: dict[str, dict[str, int]], queries: int = 3) -> Retrieval:
+    ids = [f"q{number}" for number in range(queries)]
+    return Retrieval(
+        corpus_ids=["a", "b", "c", "d"], corpus=["?"] * 4, query_ids=ids, queries=["?"] * queries, qrels=qrels
+    )
+
+
+@pytest.fixture
+def prompted(tmp_path: Path) -> Encoder:
+    """A teacher that reads queries and documents behind prompts."""
+    return Encoder.from_pretrained(tiny.bert(tmp_path / "prompted", layers=2, prompts=PROMPTS))
+
+
+@pytest.fixture
+def texts_task() -> Retrieval:
+    queries = [text.split(",")[0].split(".")[0][:30] for text in tiny.SENTENCES]
+    ids = [str(number) for number in range(len(queries))]
+    qrels = {name: {name: 1} for name in ids[:10]}
+    return Retrieval(corpus_ids=ids, corpus=tiny.SENTENCES, query_ids=ids, queries=queries, qrels=qrels)
+
+
+# Fidelity
+
+
+def test_fidelity_of_equal_vectors_is_one() -> None:
+    vectors = torch.randn(100, 16)
+    scores = fidelity(vectors, 3 * vectors)
+    assert set(scores) == {"cosine to teacher", "neighbour overlap@10", "similarity spearman"}
+    assert all(score.interval.value == pytest.approx(1, abs=1e-6) for score in scores.values())
+
+
+def test_fidelity_of_a_rotated_copy_keeps_everything_but_the_cosine() -> None:
+    vectors = torch.randn(100, 16)
+    rotation, _ = torch.linalg.qr(torch.randn(16, 16))
+    scores = fidelity(vectors @ rotation, vectors)
+    assert scores["neighbour overlap@10"].interval.value == pytest.approx(1, abs=1e-3)
+    assert scores["similarity spearman"].interval.value == pytest.approx(1, abs=1e-6)
+    assert scores["cosine to teacher"].interval.value < 0.7
+
+
+def test_fidelity_of_unrelated_vectors_is_what_chance_gives() -> None:
+    scores = fidelity(torch.randn(400, 32), torch.randn(400, 32))
+    assert abs(scores["cosine to teacher"].interval.value) < 0.03
+    assert scores["neighbour overlap@10"].interval.value == pytest.approx(10 / 399, abs=0.02)
+    assert abs(scores["similarity spearman"].interval.value) < 0.2
+
+
+def test_fidelity_across_widths_leaves_the_cosine_out_and_few_texts_leave_more_out() -> None:
+    assert set(fidelity(torch.randn(20, 4), torch.randn(20, 8))) == {"neighbour overlap@10", "similarity spearman"}
+    assert set(fidelity(torch.randn(8, 4), torch.randn(8, 4))) == {"cosine to teacher", "similarity spearman"}
+    assert set(fidelity(torch.randn(2, 4), torch.randn(2, 4))) == {"cosine to teacher"}
+
+
+@pytest.mark.parametrize("name", ["cosine to teacher", "neighbour overlap@10", "similarity spearman"])
+def test_intervals_contain_the_value(name: str) -> None:
+    teacher = torch.randn(200, 16)
+    interval = fidelity(teacher + torch.randn(200, 16), teacher)[name].interval
+    assert interval.low < interval.value < interval.high
+
+
+# Retrieval
+
+
+def test_retrieval_equals_the_computation_by_hand() -> None:
+    documents = torch.eye(4)
+    # Rankings: q0 d, c, b, a (relevant: c grade 2, a grade 1); q1 a first (relevant: a); q2 has no judgement.
+    queries = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    scores = retrieval(queries, documents, task({"q0": {"c": 2, "a": 1, "b": 0}, "q1": {"a": 1}}), k=3)
+    first = (2 / math.log2(3)) / (2 / math.log2(2) + 1 / math.log2(3))
+    assert scores["ndcg@3"].values.tolist() == pytest.approx([first, 1.0])
+    assert scores["ndcg@3"].interval.value == pytest.approx((first + 1) / 2)
+    assert scores["recall@3"].values.tolist() == [0.5, 1.0]
+
+
+def test_queries_without_a_relevant_document_do_not_count() -> None:
+    queries = torch.eye(4)[:3]
+    judged = retrieval(queries, torch.eye(4), task({"q0": {"a": 1}}))
+    nothing = retrieval(queries, torch.eye(4), task({"q0": {"a": 1}, "q1": {"b": 0}}))
+    assert judged["ndcg@10"].values.tolist() == nothing["ndcg@10"].values.tolist() == [1.0]
+
+
+def test_a_task_in_which_nothing_can_be_found_is_refused_before_anything_is_computed() -> None:
+    with pytest.raises(DataError, match="docs has no query with a relevant document"):
+        EvaluationData(retrieval={"docs": task({"q0": {"a": 0}})})
+
+
+# Labels
+
+
+def test_sts_equals_scipy() -> None:
+    first, second, gold = torch.randn(50, 8), torch.randn(50, 8), (5 * torch.rand(50)).round().tolist()
+    score = similarity_pairs(first, second, Pairs(sentence1=["?"] * 50, sentence2=["?"] * 50, score=gold))
+    expected = scipy.stats.spearmanr(F.cosine_similarity(first, second), gold).statistic
+    assert score.interval.value == pytest.approx(expected, abs=1e-9)
+    assert score.interval.low < expected < score.interval.high
+
+
+def labelled(labels: list[int], test: list[int]) -> Labelled:
+    names = ["x", "y", "z"]
+    held_out = Labelled(texts=["?"] * len(test), labels=test, names=names)
+    return Labelled(texts=["?"] * len(labels), labels=labels, names=names, test=held_out)
+
+
+def test_centroid_accuracy_is_the_share_nearest_to_the_mean_direction_of_its_class() -> None:
+    centres = torch.eye(3, 8)
+    labels, test = [0, 1, 2] * 10, [0, 1, 2] * 5
+    train = 5 * centres[labels] + 0.3 * torch.randn(30, 8)
+    vectors = centres[test] + 0.1 * torch.randn(15, 8)
+    vectors[0] = centres[1]  # one of 15 lies in the wrong class
+    assert centroid_accuracy(train, vectors, labelled(labels, test)).interval.value == pytest.approx(14 / 15)
+
+
+# The table
+
+
+def table() -> Scores:
+    values = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
+    better = Score(Interval(value=0.6, low=0.5, high=0.7), values + 0.1)
+    worse = Score(Interval(value=0.5, low=0.4, high=0.6), values)
+    ranks = Score(Interval(value=0.9, low=0.8, high=0.95))
+    return Scores(
+        {"student": {"ndcg@10": better, "sts": ranks}, "untrained start": {"ndcg@10": worse, "sts": ranks}}, {}
+    )
+
+
+def test_the_paired_difference_is_that_of_the_rows() -> None:
+    gain = table().difference("student", "untrained start", "ndcg@10")
+    assert [gain.value, gain.low, gain.high] == pytest.approx([0.1] * 3)  # the rows vary, their difference does not
+    with pytest.raises(ValueError, match="no paired difference"):
+        table().difference("student", "untrained start", "sts")
+
+
+def test_an_undefined_score_is_null_in_json() -> None:
+    undefined = Score(Interval(value=math.nan, low=math.nan, high=math.nan))
+    assert Scores({"student": {"x": undefined}}, {}).as_json()["scores"]["student"]["x"]["value"] is None
+
+
+# The whole
+
+
+def test_evaluate_scores_all_systems_and_the_teacher_runs_once(
+    tmp_path: Path, tiny_bert: Path, texts_task: Retrieval, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = Encoder.from_pretrained(tiny_bert)
+    student = students.keep_layers(teacher, 3)
+    halves = labelled([0, 1, 2] * 4, [0, 1, 2])
+    halves = Labelled(
+        texts=tiny.SENTENCES,
+        labels=halves.labels,
+        names=halves.names,
+        test=Labelled(texts=tiny.SENTENCES[:3], labels=[0, 1, 2], names=halves.names),
+    )
+    pairs = Pairs(sentence1=tiny.SENTENCES[:6], sentence2=tiny.SENTENCES[6:], score=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    data = EvaluationData(
+        texts=tiny.SENTENCES, pairs={"sts": pairs}, retrieval={"docs": texts_task}, labelled={"intents": halves}
+    )
+    first = evaluate({"student": student, "itself": teacher}, teacher, data, store=tmp_path / "store")
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("the teacher ran again")
+
+    for method in ("compute", "forward"):
+        monkeypatch.setattr(teacher, method, forbidden)
+    second = evaluate({"student": student}, teacher, data, store=tmp_path / "store", speed=False)
+
+    assert list(first.table) == [
+        "teacher",
+        "student",
+        "student -> teacher's index",
+        "itself",
+        "itself -> teacher's index",
+    ]
+    metrics = {"docs ndcg@10", "docs recall@10", "sts spearman", "intents accuracy"}
+    assert set(first.table["teacher"]) == metrics
+    fidelities = {"cosine to teacher", "neighbour overlap@10", "similarity spearman"}
+    assert set(first.table["student"]) == metrics | fidelities
+    assert set(first.table["student -> teacher's index"]) == {"docs ndcg@10", "docs recall@10"}
+    assert second.table["student"]["docs ndcg@10"].interval == first.table["student"]["docs ndcg@10"].interval
+    # The teacher as its own student: faithful but for the store's float16.
+    assert first.table["itself"]["cosine to teacher"].interval.value == pytest.approx(1, abs=1e-5)
+    assert first.table["itself"]["neighbour overlap@10"].interval.value == 1
+    assert first.speeds["teacher"]["parameters"] == teacher.parameter_count
+    assert all(len(line) <= 120 for line in str(first).splitlines())
+
+
+def test_queries_go_to_the_student_and_documents_to_the_teacher_in_their_roles(
+    tmp_path: Path, prompted: Encoder, texts_task: Retrieval
+) -> None:
+    student = students.keep_layers(prompted, [0])
+    scores = evaluate(
+        {"student": student},
+        prompted,
+        EvaluationData(retrieval={"": texts_task}),
+        store=tmp_path / "store",
+        speed=False,
+    )
+    queries, documents = (
+        student.encode(texts_task.queries, role="query"),
+        prompted.encode(texts_task.corpus, role="document"),
+    )
+    expected = retrieval(queries, documents.half().float(), texts_task)["ndcg@10"].values
+    assert torch.allclose(scores.table["student -> teacher's index"]["ndcg@10"].values, expected)
+    stored = embed(texts_task.corpus, prompted, tmp_path / "store", role="document")
+    assert len(stored) == 2 * len(tiny.SENTENCES)  # queries and documents, each under its prompt alone
+    # A wrong role must show: the vectors of the other prompt differ.
+    assert not torch.allclose(documents, prompted.encode(texts_task.corpus, role="query"), atol=1e-2)
+
+
+def test_fidelity_reads_texts_in_the_role_it_is_given(tmp_path: Path, prompted: Encoder) -> None:
+    data = EvaluationData(texts=tiny.SENTENCES, role="document")
+    scores = evaluate({"student": prompted}, prompted, data, store=tmp_path / "store", speed=False)
+    assert scores.table["student"]["cosine to teacher"].interval.value == pytest.approx(1, abs=1e-5)
+    store = embed(tiny.SENTENCES, prompted, tmp_path / "store", role="document")
+    assert len(store) == len(tiny.SENTENCES)
+
+
+def test_a_vector_that_is_not_finite_counts_as_nothing(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = Encoder.from_pretrained(tiny_bert)
+    compute = teacher.compute
+
+    def broken(tokens: object) -> torch.Tensor:
+        vectors = compute(tokens).clone()
+        vectors[0] = torch.nan
+        return vectors
+
+    monkeypatch.setattr(teacher, "compute", broken)
+    data = EvaluationData(texts=tiny.SENTENCES)
+    scores = evaluate(
+        {"student": students.keep_layers(teacher, 2)}, teacher, data, store=tmp_path / "store", speed=False
+    )
+    assert all(math.isfinite(score.interval.value) for score in scores.table["student"].values())
+
+
+def test_nothing_to_measure_is_an_empty_table(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    teacher = Encoder.from_pretrained(tiny_model("bert", layers=2))
+    scores = evaluate({"student": teacher}, teacher, EvaluationData(), store=tmp_path / "store")
+    assert scores.table == {"teacher": {}, "student": {}}
+    assert scores.speeds == {}
