@@ -17,7 +17,7 @@ from distill.folder import UNLIMITED
 from distill.heads import Projection
 from distill.modules import Dense, Normalize, StaticTable, TransformerBackbone
 
-SIF_SMOOTHING = 1e-3  # Arora et al. 2017: a token of probability p weighs a / (a + p)
+SIF_SMOOTHING = 3e-4  # Arora et al. 2017: a token of probability p weighs a / (a + p)
 
 
 def static(
