@@ -6,13 +6,15 @@ OUTPUT/checkpoints/step-00000120/
 
 import json
 import re
-import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,7 +22,8 @@ from torch.optim import Optimizer
 from distill import distributed, files
 from distill.errors import IntegrityError, ResourceError
 
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-(\d{8,})")
+_FILES = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -40,36 +43,59 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state:
     distributed.main_first(partial(_write, folder, step, model, optimizer, state, states, keep))
 
 
-def load_latest(folder: Path, model: nn.Module, optimizer: Optimizer, *, device: torch.device) -> Checkpoint | None:
+def load_latest(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    accept: Callable[[dict[str, Any]], None] | None = None,
+) -> Checkpoint | None:
     """Restore the newest whole checkpoint in place; None if there is none. A damaged one is named and passed over.
 
-    IntegrityError if there are checkpoints and none is whole, or the weights do not fit the model.
+    `accept` sees the saved state before anything is restored, and may raise. IntegrityError if there are checkpoints
+    and none is whole, or the weights do not fit the model.
     """
-    paths = _steps(folder)
-    found, damaged = None, []
-    for path in reversed(paths):
-        problem = distributed.main_first(partial(_problem, path))
-        if problem is None:
-            found = path
-            break
-        damaged.append(f"{path}: {problem}")
+    found, damaged = distributed.main_first(partial(_newest_whole, folder))
     if found is None:
         if damaged:
-            raise IntegrityError("no checkpoint is whole:\n  " + "\n  ".join(damaged) + "\nStart without --resume.")
+            raise IntegrityError(
+                "no checkpoint is whole:\n  " + "\n  ".join(damaged) + "\nStart without --train.resume."
+            )
         return None
     for line in damaged if distributed.is_main() else []:
-        print(f"passed over {line}")
-    return _restore(found, model, optimizer, device)
+        print(f"passed over {line}", file=sys.stderr)
+    state = json.loads((found / "state.json").read_text(encoding="utf-8"))
+    if accept:
+        accept(state)
+    _restore(found, model, optimizer)
+    return Checkpoint(state.pop("step"), state)
 
 
 def clear(folder: Path) -> None:
     """Delete the checkpoints of an earlier run."""
     for path in _steps(folder):
-        shutil.rmtree(path)
+        files.remove_folder(path)
+    files.remove_unfinished(folder, "step-*")
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and what is wrong with each that is newer."""
+    damaged = []
+    for path in reversed(_steps(folder)):
+        problem = _problem(path)
+        if problem is None:
+            return path, damaged
+        damaged.append(f"{path}: {problem}")
+    return None, damaged
 
 
 def _write(
@@ -82,43 +108,64 @@ def _write(
     keep: int,
 ) -> None:
     tensors = {
-        "model": {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
-        "optimizer": _optimizer_tensors(model, optimizer),
+        "model": _on_disk(model.state_dict()),
+        "optimizer": _on_disk(_optimizer_tensors(model, optimizer)),
         "rng": {f"{rank}.{name}": value for rank, values in enumerate(random) for name, value in values.items()},
     }
     try:
+        files.remove_unfinished(folder, "step-*")
         with files.published_folder(folder / f"step-{step:08d}") as temporary:
             for name, values in tensors.items():
                 save_file(values, temporary / f"{name}.safetensors")
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
             hashes = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps(hashes), encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ResourceError(
             f"the checkpoint of step {step} cannot be written under {folder}: {error}. Earlier ones are untouched."
         ) from error
-    for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old)
+    _remove_old(folder, step, keep)
+
+
+def _remove_old(folder: Path, step: int, keep: int) -> None:
+    """All but the newest `keep`. A later step than the one just written is a damaged one that the run went back behind."""
+    steps = _steps(folder)
+    past = [path for path in steps if _step(path) <= step]
+    for path in steps:
+        if path not in past[-keep:]:
+            files.remove_folder(path)
+
+
+def _on_disk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors takes them: on the CPU, contiguous, and none the same memory as another (tied weights)."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        result[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return result
 
 
 def _problem(path: Path) -> str | None:
     try:
         hashes = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        wrong = [name for name, digest in hashes.items() if files.sha256(path / name) != digest]
-    except (OSError, ValueError, AttributeError) as error:
+        missing = sorted(_FILES - set(hashes))
+        wrong = [name for name in sorted(_FILES) if not missing and files.sha256(path / name) != hashes[name]]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return str(error)
+    if missing:
+        return f"its manifest does not name {', '.join(missing)}"
     return f"{', '.join(wrong)} differ from the manifest" if wrong else None
 
 
-def _restore(path: Path, model: nn.Module, optimizer: Optimizer, device: torch.device) -> Checkpoint:
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+def _restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     try:
-        model.load_state_dict(load_file(path / "model.safetensors", device=str(device)))
+        model.load_state_dict(load_file(path / "model.safetensors"))
     except RuntimeError as error:
         raise IntegrityError(f"{path} holds another model: {error}. Resume with the same student.") from error
     _restore_optimizer(load_file(path / "optimizer.safetensors"), model, optimizer)
     _restore_random(load_file(path / "rng.safetensors"))
-    return Checkpoint(state.pop("step"), state)
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:
@@ -128,7 +175,7 @@ def _parameter_names(model: nn.Module) -> dict[int, str]:
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     names = _parameter_names(model)
     return {
-        f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous()
+        f"{names[id(parameter)]}/{key}": value
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }

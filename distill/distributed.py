@@ -5,6 +5,7 @@ rows live and everybody else's as constants: the gradient of its own rows is the
 that compare student with student, no collective runs backward, and a factor of the process count undoes DDP's mean.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +14,23 @@ import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from distill.errors import ResourceError
+
 
 def device() -> torch.device:
     """This process's device. The first call joins the other processes, if a launcher started any (accelerate launch, torchrun)."""
     from accelerate import PartialState
 
-    return PartialState().device
+    # Left to itself, Accelerate has processes on CPUs join only under ACCELERATE_USE_CPU: else each would run alone, as rank 0.
+    on_cpus = "true" in os.environ.get("ACCELERATE_USE_CPU", "").lower() or not torch.accelerator.is_available()
+    device = PartialState(cpu=on_cpus).device
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size() != launched:
+        raise ResourceError(
+            f"the launcher started {launched} processes and {world_size()} joined: something used Accelerate before distill "
+            "did. Call distill.distributed.device() first."
+        )
+    return device
 
 
 def rank() -> int:

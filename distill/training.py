@@ -5,15 +5,14 @@ number of processes. Every loss is the loss of the global batch (`distributed.gl
 """
 
 import json
-import signal
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -21,11 +20,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from distill import checkpoint, distributed, files
+from distill import checkpoint, distributed, files, sampling
 from distill.encoder import Encoder
-from distill.errors import IntegrityError, NumericsError, RecipeError, Stopped
+from distill.errors import IntegrityError, NumericsError, RecipeError, ResourceError, Stopped
 from distill.examples import Examples
+from distill.stopping import stop_signals
 from distill.store import Store
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Loss = Callable[..., Float[Tensor, ""]]
 
@@ -83,12 +86,12 @@ class TrainConfig:
         wrong = [
             f"{name} is above 0, got {value}"
             for name in positive
-            if (value := getattr(self, name)) is not None and not value > 0
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf
         ]
         wrong += [
             f"{name} is 0 or more, got {value}"
             for name in ("weight_decay", "bank_size", "seed")
-            if (value := getattr(self, name)) < 0
+            if not 0 <= (value := getattr(self, name)) < math.inf
         ]
         if not 0 <= self.warmup_fraction <= 1:
             wrong.append(f"warmup_fraction is 0..1, got {self.warmup_fraction}")
@@ -124,58 +127,87 @@ def train(
 
 class _Loop:
     def __init__(self, student: Encoder, data: Examples, store: Store, loss: Loss, config: TrainConfig, output: Path):
-        from accelerate import Accelerator
-        from transformers import get_scheduler
-
-        self.student, self.data, self.store, self.loss, self.config, self.output = (
-            student,
-            data,
-            store,
-            loss,
-            config,
-            output,
-        )
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=list(config.trackers) or None, project_dir=str(output)
-        )
+        self.student, self.data, self.store, self.loss = student, data, store, loss
+        self.config, self.output = config, output
+        self.accelerator = _accelerator(config, output)
         torch.manual_seed(config.seed + distributed.rank())
-        self.per_epoch = -(-len(data) // (config.batch_size * config.accumulation))
-        self.steps = config.steps or max(1, round(config.epochs * self.per_epoch))
+        per_epoch = sampling.steps_per_epoch(len(data), config.batch_size, config.accumulation)
+        self.steps = config.steps or max(1, round(config.epochs * per_epoch))
         student.to(self.accelerator.device)
         self.adamw = _adamw(student, config)
+        self.rate = _rate(self.adamw, config, self.steps)
         self.model, self.optimizer = self.accelerator.prepare(student, self.adamw)
-        name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        warmup = round(config.warmup_fraction * self.steps)
-        schedule = get_scheduler(name, self.adamw, num_warmup_steps=warmup, num_training_steps=self.steps)
-        self.rate: Callable[[float], float] = schedule.lr_lambdas[0]  # of the step alone: nothing to save
+        self._progress(0)
         self.identity = self._identity()
 
     def run(self) -> Run:
-        began, first = time.monotonic(), self._resume()
-        if self.config.trackers:
-            flat = {name: value for name, value in asdict(self.config).items() if isinstance(value, int | float | str)}
-            self.accelerator.init_trackers("distill", config=flat)
+        try:
+            return self._run()
+        finally:
+            for name in (
+                "forward",
+                "_original_forward",
+            ):  # what Accelerate put over the class's own for mixed precision
+                vars(self.student).pop(name, None)
+            self.student.eval()
+
+    def _run(self) -> Run:
+        first, last = self._resume()
+        began, texts = time.monotonic(), 0
+        distributed.main_first(partial(self._cut_log, first))
         self.student.train(self.config.dropout)
         every = self.config.save_every or max(1, self.steps // 10)
-        last = {"loss": float("nan")}
-        with _stop_signals() as stop, self._log(first) as log, _bar(first, self.steps) as bar:
+        with stop_signals() as stop, self._log() as log, _bar(first, self.steps) as bar:
             for step in range(first, self.steps):
                 last = self._step(step)
+                texts += last["texts"]
                 log(last)
                 bar.update()
                 bar.set_postfix(loss=f"{last['loss']:.4f}")
                 asked = distributed.any_process(bool(stop), self.accelerator.device)
                 if asked or (step + 1) % every == 0 or step + 1 == self.steps:
-                    self._save(step + 1)
+                    self._save(step + 1, last)
                 if asked and step + 1 < self.steps:
                     raise self._stopped(step + 1, distributed.gather_objects(list(stop)))
-        return self._finished(first, time.monotonic() - began, last["loss"])
+        seconds = time.monotonic() - began
+        speed, settings = texts / max(seconds, 1e-9), asdict(self.config)
+        return Run(self.student, self.steps, seconds, speed, last["loss"], self.output, self.data.report, settings)
 
     def _step(self, step: int) -> dict[str, Any]:
         began = time.monotonic()
+        self._progress(step)
+        batches = self._batches(step)
+        value = self._backward(step, batches)
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_norm or math.inf)
+        finite = bool(torch.isfinite(value) & torch.isfinite(norm))
+        if distributed.any_process(not finite, self.accelerator.device):
+            self._refuse(step, np.concatenate(batches), float(value), float(norm))
+        rate = self.rate(step + 0.5)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.config.learning_rate * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        parts = {f"loss/{name}": float(part) for name, part in getattr(self.loss, "parts", dict)().items()}
+        return {
+            "step": step + 1,
+            "loss": float(value),
+            **parts,
+            "lr": self.config.learning_rate * rate,
+            "grad_norm": float(norm),
+            "texts": sum(len(batch) for batch in batches),
+            "seconds": round(time.monotonic() - began, 4),
+        }
+
+    def _progress(self, step: int) -> None:
         if hasattr(self.loss, "set_progress"):
             self.loss.set_progress(step / self.steps)
-        batches = list(self._batches(step))
+
+    def _batches(self, step: int) -> list[np.ndarray]:
+        size, accumulation = self.config.batch_size, self.config.accumulation
+        return sampling.batches(step, len(self.data), batch_size=size, accumulation=accumulation, seed=self.config.seed)
+
+    def _backward(self, step: int, batches: Sequence[np.ndarray]) -> Float[Tensor, ""]:
+        """Gradients of the mean over all rows of the step; processes exchange them once, with the last batch."""
         total = sum(len(batch) for batch in batches)
         value = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(batches):
@@ -184,33 +216,7 @@ class _Loop:
                 part = self._forward(step, number, batch) * (len(batch) / total)
                 self.accelerator.backward(part)
             value += part.detach()
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_norm or float("inf"))
-        if distributed.any_process(not bool(torch.isfinite(value) & torch.isfinite(norm)), self.accelerator.device):
-            self._refuse(step, batches, float(value), float(norm))
-        rate = self.rate(step + 0.5)
-        for group in self.adamw.param_groups:
-            group["lr"] = group["initial_lr"] * rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        parts = {f"loss/{name}": float(part) for name, part in getattr(self.loss, "parts", dict)().items()}
-        seconds = time.monotonic() - began
-        return {
-            "step": step + 1,
-            "loss": float(value),
-            **parts,
-            "lr": self.config.learning_rate * rate,
-            "grad_norm": float(norm),
-            "texts": total,
-            "seconds": round(seconds, 4),
-        }
-
-    def _batches(self, step: int) -> Iterator[np.ndarray]:
-        """The global batches of a step: the next rows of permutation(seed, epoch); the last of an epoch may be smaller."""
-        epoch, place = divmod(step, self.per_epoch)
-        size = self.config.batch_size
-        order = _permutation(self.config.seed, epoch, len(self.data))
-        rows = order[place * size * self.config.accumulation :][: size * self.config.accumulation]
-        return (rows[start : start + size] for start in range(0, len(rows), size))
+        return value
 
     def _forward(self, step: int, number: int, batch: np.ndarray) -> Float[Tensor, ""]:
         device = self.accelerator.device
@@ -224,61 +230,55 @@ class _Loop:
         return distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)
 
     def _bank(self, draw: int) -> tuple[Tensor | None, Tensor | None]:
-        """The draw-th window of a permutation of the training rows: the same on every process, no row twice."""
-        size = min(self.config.bank_size, len(self.data))
-        if not size or not getattr(self.loss, "uses_bank", False):
+        """Vectors and keys of the draw-th window of training rows, the same on every process."""
+        if not self.config.bank_size or not getattr(self.loss, "uses_bank", False):
             return None, None
-        windows = len(self.data) // size
-        order = _permutation(self.config.seed + 1, draw // windows, len(self.data))
-        chosen = order[draw % windows * size :][:size]
+        chosen = sampling.bank_rows(draw, len(self.data), size=self.config.bank_size, seed=self.config.seed)
         device = self.accelerator.device
         return self.store.take(self.data.rows[chosen]).to(device), self.data.keys[torch.from_numpy(chosen)].to(device)
 
-    def _refuse(self, step: int, batches: Sequence[np.ndarray], loss: float, norm: float) -> None:
-        """Name the rows whose student vector is not finite (all of the step's, if each is), and stop before the update."""
-        rows = np.concatenate(batches)
-        with torch.no_grad():
-            vectors = torch.cat(
-                [
-                    self.student(self.data.tokens.rows(torch.from_numpy(part)))
-                    for part in np.array_split(rows, -(-len(rows) // 64))
-                ]
-            )
-        bad = rows[(~torch.isfinite(vectors).all(dim=1)).cpu().numpy()]
+    @torch.no_grad()
+    def _refuse(self, step: int, rows: np.ndarray, loss: float, norm: float) -> NoReturn:
+        """Name the rows whose student or teacher vector is not finite (all of the step's, if each is), and stop."""
+        parts = np.array_split(rows, -(-len(rows) // 64))
+        student = torch.cat([self.student(self.data.tokens.rows(torch.from_numpy(part))).cpu() for part in parts])
+        finite = student.isfinite().all(dim=1) & self.store.take(self.data.rows[rows]).isfinite().all(dim=1)
+        bad = rows[~finite.numpy()]
         suspects = [{"row": int(row), "text": self.data.texts[row][:200]} for row in (bad if len(bad) else rows)]
+        report = {"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "rows": suspects}
         where = self.output / "non-finite.json"
-        distributed.main_first(
-            partial(
-                files.write_json, where, {"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "rows": suspects}
-            )
-        )
+        distributed.main_first(partial(files.write_json, where, report))
         raise NumericsError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update. {len(bad) or 'No'} student vectors are not finite; "
-            f"the rows are in {where}. Lower --train.learning-rate, or leave the rows out."
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update. {len(bad) or 'No'} rows have a vector that is "
+            f"not finite; the rows are in {where}. Lower --train.learning-rate, or leave the rows out."
         )
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued, as JSON gives it back."""
         free = ("resume", "save_every", "keep_checkpoints", "trackers")
         chosen = {name: value for name, value in asdict(self.config).items() if name not in free}
-        loss = (
-            repr(self.loss)
-            if isinstance(self.loss, nn.Module)
-            else getattr(self.loss, "__qualname__", type(self.loss).__name__)
-        )
-        shapes = json.dumps({name: list(value.shape) for name, value in self.student.state_dict().items()})
-        texts, student = files.digest(self.data.keys.numpy().tobytes()), files.digest(shapes.encode())
-        return {**chosen, "steps": self.steps, "texts": texts, "loss": loss, "student": student}
+        shapes = {name: list(value.shape) for name, value in self.student.state_dict().items()}
+        trained = [name for name, parameter in self.student.named_parameters() if parameter.requires_grad]
+        return {
+            **chosen,
+            "steps": self.steps,
+            "loss": _describe(self.loss),
+            "texts": files.digest(self.data.keys.numpy().tobytes())[:12],
+            "teacher": files.digest(json.dumps(self.store.fingerprint, sort_keys=True).encode())[:12],
+            "student": files.digest(json.dumps([shapes, trained]).encode())[:12],
+        }
 
-    def _resume(self) -> int:
-        folder = self.output / "checkpoints"
+    def _resume(self) -> tuple[int, dict[str, Any]]:
+        """The step to begin with, and what was logged of the one before."""
+        folder, nothing = self.output / "checkpoints", {"loss": math.nan}
         if not self.config.resume:
             distributed.main_first(partial(checkpoint.clear, folder))
-            return 0
-        found = checkpoint.load_latest(folder, self.student, self.adamw, device=self.accelerator.device)
-        if found is None:
-            return 0
-        saved = found.state["identity"]
+            return 0, nothing
+        found = checkpoint.load_latest(folder, self.student, self.adamw, accept=self._refuse_other)
+        return (found.step, found.state["last"]) if found else (0, nothing)
+
+    def _refuse_other(self, state: dict[str, Any]) -> None:
+        saved = state["identity"]
         differing = [
             f"{name} (was {saved.get(name)}, is {value})"
             for name, value in self.identity.items()
@@ -286,64 +286,78 @@ class _Loop:
         ]
         if differing:
             raise IntegrityError(
-                f"{folder} belongs to another run; what differs: {', '.join(differing)}. "
+                f"{self.output / 'checkpoints'} belongs to another run; what differs: {', '.join(differing)}. "
                 "Use the same recipe, another --output, or leave out --train.resume."
             )
-        return found.step
 
-    def _save(self, step: int) -> None:
-        folder, state = self.output / "checkpoints", {"identity": self.identity}
+    def _save(self, step: int, last: dict[str, Any]) -> None:
+        folder, state = self.output / "checkpoints", {"identity": self.identity, "last": last}
         checkpoint.save(folder, step, self.student, self.adamw, state, keep=self.config.keep_checkpoints)
 
-    @contextmanager
-    def _log(self, first: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """metrics.jsonl on the main process, cut back to the resumed step, and the trackers."""
+    def _cut_log(self, first: int) -> None:
+        """metrics.jsonl up to the step that is resumed; empty for a new run."""
         path = self.output / "metrics.jsonl"
-        if not distributed.is_main():
-            yield lambda _: None
-            return
-        lines = path.read_text(encoding="utf-8").splitlines() if first and path.exists() else []
-        with files.published_file(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines[:first]), encoding="utf-8")
-        with path.open("a", encoding="utf-8", buffering=1) as file:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if first and path.exists() else []
+            kept = [line for line in lines if _logged_step(line) <= first]
+            with files.published_file(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        except OSError as error:
+            raise ResourceError(f"{path} cannot be written: {error}. Name another --output.") from error
 
-            def log(entry: dict[str, Any]) -> None:
+    @contextmanager
+    def _log(self) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """metrics.jsonl on the main process, and the trackers."""
+        if self.config.trackers:
+            flat = {name: value for name, value in asdict(self.config).items() if isinstance(value, int | float | str)}
+            self.accelerator.init_trackers("distill", config=flat)
+        file = (self.output / "metrics.jsonl").open("a", encoding="utf-8") if distributed.is_main() else None
+
+        def log(entry: dict[str, Any]) -> None:
+            if file:
                 file.write(json.dumps(entry) + "\n")
-                if self.config.trackers:
-                    self.accelerator.log(
-                        {name: value for name, value in entry.items() if name != "step"}, step=entry["step"]
-                    )
+                file.flush()
+            if self.config.trackers:
+                numbers = {name: value for name, value in entry.items() if name != "step"}
+                self.accelerator.log(numbers, step=entry["step"])
 
+        try:
             yield log
+        finally:
+            if file:
+                file.close()
+            for tracker in self.accelerator.trackers:  # end_training() would leave the process group too
+                tracker.finish()
 
     def _stopped(self, step: int, signals: list[list[int]]) -> Stopped:
         number = next(number for numbers in signals for number in numbers)
-        code = 128 + number
         return Stopped(
             f"stopped after step {step} of {self.steps}; everything is saved. Run the same command with --train.resume to go on.",
-            code,
-        )
-
-    def _finished(self, first: int, seconds: float, loss: float) -> Run:
-        if self.config.trackers:
-            self.accelerator.end_training()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        texts = min(self.config.batch_size * self.config.accumulation, len(self.data)) * (self.steps - first)
-        return Run(
-            self.student.eval(),
-            self.steps,
-            seconds,
-            texts / max(seconds, 1e-9),
-            loss,
-            self.output,
-            self.data.report,
-            asdict(self.config),
+            128 + number,
         )
 
 
-def freeze_token_table(student: Encoder) -> None:
-    """Leave a transformer's input embeddings out of training: on a CPU their dense update costs more than the layers'."""
-    student.backbone.model.get_input_embeddings().requires_grad_(False)
+def _accelerator(config: TrainConfig, output: Path) -> "Accelerator":
+    """Accelerate as this recipe says, whatever an earlier run in this process or the launcher's settings said."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import GradientAccumulationPlugin
+
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    absent = [name for name in config.trackers if name not in installed]
+    if absent:
+        raise RecipeError(
+            f"{', '.join(absent)}: not an installed tracker; installed are {', '.join(installed) or 'none'}. pip install it."
+        )
+    distributed.device()
+    AcceleratorState._reset_state()  # else a second run of a notebook must have the first one's precision
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=list(config.trackers) or None,
+        project_dir=str(output),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # _backward weighs batches itself
+    )
 
 
 def _adamw(student: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -355,37 +369,29 @@ def _adamw(student: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
 
 
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+def _rate(adamw: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Callable[[float], float]:
+    """The share of the learning rate at a step: a function of the step alone, so that nothing of it has to be saved."""
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    warmup = round(config.warmup_fraction * steps)
+    return get_scheduler(name, adamw, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+
+
+def _describe(loss: Loss) -> str:
+    """The same in every process and run: a repr with an address in it would not be."""
+    if isinstance(loss, partial):
+        return f"{_describe(loss.func)} {loss.args} {sorted(loss.keywords.items())}"
+    return repr(loss) if isinstance(loss, nn.Module) else getattr(loss, "__qualname__", type(loss).__name__)
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _bar(first: int, total: int) -> tqdm:
-    return tqdm(
-        total=total,
-        initial=first,
-        desc="training",
-        unit="step",
-        delay=2,
-        disable=None if distributed.is_main() else True,
-    )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """The signals that asked to stop, as they come; a second one stops at once."""
-    seen: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: its owner handles signals
-        before = {}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    shown = None if distributed.is_main() else True
+    return tqdm(total=total, initial=first, desc="training", unit="step", delay=2, disable=shown)

@@ -60,26 +60,40 @@ class Group:
         return [json.loads((self.folder / f"{rank}.json").read_text()) for rank in range(len(self.processes))]
 
 
-def start(function: Callable[..., Any], world: int, folder: Path, **arguments: Any) -> Group:
-    number = len(list(folder.glob("call-*"))) if folder.exists() else 0
-    place = folder / f"call-{number}"
-    place.mkdir(parents=True)
-    module = Path(sys.modules[function.__module__].__file__ or "").stem
-    call = [sys.executable, str(Path(__file__)), module, function.__name__, json.dumps(arguments, default=str)]
+def start(function: Callable[..., Any], world: int, folder: Path, /, **arguments: Any) -> Group:
+    """Processes that join by a file."""
+    place, call = _call(function, folder, arguments)
     processes = []
     for rank in range(world):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
-        if world > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        with (place / f"{rank}.out").open("wb") as out:
-            command = [*call, str(place / f"{rank}.json")]
-            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        command = [sys.executable, *call, str(place / f"{rank}.json")]
+        processes.append(_popen(command, place / f"{rank}.out", environment if world > 1 else {}))
     return Group(processes, place)
 
 
+def launch(function: Callable[..., Any], world: int, folder: Path, /, **arguments: Any) -> Group:
+    """The launcher alone, torchrun, whose processes join as distill has them join."""
+    place, call = _call(function, folder, arguments)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    return Group([_popen([sys.executable, *torchrun, *call, str(place / "0.json")], place / "0.out", {})], place)
+
+
+def _call(function: Callable[..., Any], folder: Path, arguments: dict[str, Any]) -> tuple[Path, list[str]]:
+    place = folder / f"call-{len(list(folder.glob('call-*'))) if folder.exists() else 0}"
+    place.mkdir(parents=True)
+    module = Path(sys.modules[function.__module__].__file__ or "").stem
+    return place, [str(Path(__file__)), module, function.__name__, json.dumps(arguments, default=str)]
+
+
+def _popen(command: list[str], output: Path, environment: dict[str, int]) -> subprocess.Popen[bytes]:
+    fixed = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    given = {name: str(value) for name, value in environment.items()}
+    with output.open("wb") as out:
+        return subprocess.Popen(command, env={**os.environ, **fixed, **given}, stdout=out, stderr=out)
+
+
 def run(
-    function: Callable[..., Any], world: int, folder: Path, *, timeout_seconds: float = 180, **arguments: Any
+    function: Callable[..., Any], world: int, folder: Path, /, *, timeout_seconds: float = 180, **arguments: Any
 ) -> list[Any]:
     """What each process returned, in rank order."""
     group = start(function, world, folder, **arguments)
@@ -97,7 +111,9 @@ def _main(module: str, name: str, arguments: str, result: str) -> int:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    if "WORLD_SIZE" in os.environ:
+    if "MASTER_PORT" in os.environ:
+        importlib.import_module("distill.distributed").device()
+    elif "WORLD_SIZE" in os.environ:
         place = Path(result).with_name("rendezvous").resolve()
         world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         dist.init_process_group("gloo", init_method=f"file://{place}", world_size=world, rank=rank)

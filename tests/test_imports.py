@@ -37,6 +37,8 @@ ORDER = [
     "embed",
     "examples",
     "checkpoint",
+    "sampling",
+    "stopping",
     "training",
     "evaluation",
     "export",

@@ -1,0 +1,663 @@
+"""One loop, the same numbers on any number of processes, and after any stop."""
+
+import json
+import math
+import signal
+from collections import Counter
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import processes
+import pytest
+import runs
+import torch
+from torch import Tensor, nn
+
+from distill import checkpoint, distributed, losses, sampling, training
+from distill.embed import embed
+from distill.encoder import Encoder
+from distill.errors import DistillError, IntegrityError, NumericsError, RecipeError, ResourceError, Stopped
+from distill.examples import Examples, match
+from distill.store import Store
+from distill.training import TrainConfig, train
+
+LONG = {"epochs": 2.0, "save_every": 3, "keep_checkpoints": 20, "dropout": 0.1}  # 10 steps over 40 texts
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bert: Path) -> str:
+    return str(tiny_bert)
+
+
+@pytest.fixture(scope="module")
+def store(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("training") / "store"
+    embed(runs.texts(60), runs.teacher(model), path)
+    return path
+
+
+def log(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(output: Path) -> list[float]:
+    return [entry["loss"] for entry in log(output)]
+
+
+def checkpointed(output: Path) -> dict[str, dict[str, Tensor]]:
+    """Tensors of the newest checkpoint, by file."""
+    from safetensors.torch import load_file
+
+    folder = sorted((output / "checkpoints").iterdir())[-1]
+    return {name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "rng")}
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, optimizer and random states of the last checkpoints, and the logged losses: not a bit differs."""
+    left, right = checkpointed(one), checkpointed(other)
+    for name, tensors in left.items():
+        assert tensors.keys() == right[name].keys()
+        for key, value in tensors.items():
+            assert torch.equal(value, right[name][key]), f"{name} {key}"
+    assert curve(one) == curve(other)
+
+
+def assert_close_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """But for key biases: no loss depends on them, so that Adam makes steps of the noise in their gradient."""
+    assert one.keys() == other.keys()
+    for name in one:
+        if not name.endswith("key.bias"):
+            np.testing.assert_allclose(one[name], other[name], atol=5e-5, err_msg=name)
+
+
+# Learning
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("static", 1e-2), ("layers", 3e-3)])
+@pytest.mark.parametrize("loss", ["cosine", "contrastive", "gram", "sum"])
+def test_the_loss_falls(model: str, store: Path, tmp_path: Path, kind: str, rate: float, loss: str) -> None:
+    run = runs.small_run(model, tmp_path, store=store, kind=kind, loss=loss, epochs=8.0, learning_rate=rate)
+    losses = curve(tmp_path)
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+    assert run.final_loss == losses[-1]
+    assert (run.steps, len(losses)) == (40, 40)
+    assert run.texts_per_second == pytest.approx(320 / run.seconds)
+    assert not run.student.training
+
+
+def test_what_is_logged(model: str, store: Path, tmp_path: Path) -> None:
+    runs.small_run(model, tmp_path, store=store, loss="sum", epochs=1.5, batch_size=16)
+    entries = log(tmp_path)
+    assert [entry["texts"] for entry in entries] == [16, 16, 8, 16]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
+    for entry in entries:
+        assert {"step", "loss", "lr", "grad_norm", "texts", "seconds", "loss/gram"} <= entry.keys()
+    assert "loss/kl" not in entries[-1]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9])
+def test_any_number_of_texts_is_trained_on_once_an_epoch(
+    model: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    seen: list[int] = []
+    original = distributed.global_loss
+
+    def watching(*arguments: Any, keys: Tensor, **options: Any) -> Tensor:
+        seen.extend(keys.tolist())
+        return original(*arguments, keys=keys, **options)
+
+    monkeypatch.setattr(distributed, "global_loss", watching)
+    run = runs.small_run(model, tmp_path, store=store, count=count, kind="static", epochs=3.0)
+    assert run.steps == 3 * -(-count // 8)
+    assert set(Counter(seen).values()) == {3}
+    assert len(set(seen)) == count
+
+
+def test_the_schedule(model: str, store: Path, tmp_path: Path) -> None:
+    for schedule, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1e-3)):
+        options: dict[str, Any] = {"schedule": schedule, "steps": 20, "warmup_fraction": 0.25}
+        runs.small_run(model, tmp_path, store=store, kind="static", **options)
+        rates = [entry["lr"] for entry in log(tmp_path)]
+        assert rates[:5] == pytest.approx([1e-4, 3e-4, 5e-4, 7e-4, 9e-4])
+        assert rates[-1] == pytest.approx(last, abs=5e-5)
+        assert all(first >= second for first, second in pairwise(rates[5:]))
+
+
+def test_accumulated_batches_give_the_gradient_of_their_rows(model: str, store: Path, tmp_path: Path) -> None:
+    """A loss that is a mean over rows: 2 batches of 8, or 3 of which the last is smaller, are one batch of all of them."""
+    for count, size, accumulation in ((16, 8, 2), (40, 16, 3)):
+        whole = {"count": count, "loss": "cosine", "steps": 3, "clip_norm": None}
+        one = runs.small_run(model, tmp_path / "one", store=store, batch_size=size * accumulation, **whole)
+        many = runs.small_run(
+            model, tmp_path / "many", store=store, batch_size=size, accumulation=accumulation, **whole
+        )
+        np.testing.assert_allclose(curve(tmp_path / "one"), curve(tmp_path / "many"), rtol=1e-5)
+        assert_close_weights(runs.weights(one), runs.weights(many))
+
+
+def test_the_launchers_accumulation_does_not_shrink_the_gradient(
+    model: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.small_run(model, tmp_path / "a", store=store, steps=2)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    runs.small_run(model, tmp_path / "b", store=store, steps=2)
+    assert [entry["grad_norm"] for entry in log(tmp_path / "a")] == [
+        entry["grad_norm"] for entry in log(tmp_path / "b")
+    ]
+
+
+def test_frozen_tables_stay_and_are_not_in_the_checkpoint(model: str, store: Path, tmp_path: Path) -> None:
+    from distill.students import freeze_token_table
+
+    student, data, stored = runs.prepared(model, store, 40)
+    freeze_token_table(student)
+    table = student.backbone.model.get_input_embeddings().weight
+    before = table.detach().clone()
+    train(student, data, stored, losses.CosineDistance(), TrainConfig(batch_size=8), output=tmp_path)
+    assert torch.equal(table, before)
+    assert not any("word_embeddings" in name for name in checkpointed(tmp_path)["optimizer"])
+    again = runs.prepared(model, store, 40)[0]
+    config = TrainConfig(batch_size=8, resume=True)
+    with pytest.raises(IntegrityError, match="what differs: student"):
+        train(again, data, stored, losses.CosineDistance(), config, output=tmp_path)
+
+
+def test_bf16_leaves_a_float32_student_and_a_second_run_may_differ(model: str, store: Path, tmp_path: Path) -> None:
+    curves = {}
+    for precision in ("no", "bf16", "no"):
+        run = runs.small_run(model, tmp_path, store=store, mixed_precision=precision, epochs=2.0)
+        assert {value.dtype for value in run.student.parameters()} == {torch.float32}
+        assert run.student.encode(["a flute"]).dtype == torch.float32
+        assert "forward" not in vars(run.student)
+        curves.setdefault(precision, []).append(curve(tmp_path))
+    assert curves["no"][0] == curves["no"][1] != curves["bf16"][0]
+    np.testing.assert_allclose(curves["no"][0], curves["bf16"][0], rtol=0.05)
+
+
+def test_vectors_that_were_set_aside_are_not_trained_on(model: str, tmp_path: Path) -> None:
+    teacher, texts = runs.teacher(model), ["", *runs.texts(20)]
+    stored = embed(texts, teacher, tmp_path / "store")
+    student = runs.student("static", teacher)
+    data = match(texts, student, teacher, stored)
+    assert data.texts == runs.texts(20)
+    assert "1 left out: teacher vector no tokens" in data.report
+    train(student, data, stored, losses.CosineDistance(), TrainConfig(batch_size=8), output=tmp_path / "run")
+
+
+# The bank
+
+
+def test_a_window_of_the_bank_holds_no_row_twice_and_all_rows_come() -> None:
+    for count, size in ((40, 16), (40, 40), (7, 100), (5, 1)):
+        windows = [
+            sampling.bank_rows(draw, count, size=size, seed=3) for draw in range(2 * (count // min(size, count)))
+        ]
+        assert all(len(set(window)) == len(window) == min(size, count) for window in windows)
+        first = np.concatenate(windows[: len(windows) // 2])
+        assert len(set(first)) == len(first)
+        assert all(
+            (sampling.bank_rows(draw, count, size=size, seed=3) == window).all() for draw, window in enumerate(windows)
+        )
+    assert (sampling.bank_rows(0, 40, size=40, seed=3) != sampling.bank_rows(0, 40, size=40, seed=4)).any()
+
+
+def test_an_epoch_is_a_permutation_and_a_seed_another() -> None:
+    options = {"batch_size": 4, "accumulation": 2, "seed": 0}
+    per_epoch = sampling.steps_per_epoch(19, 4, 2)
+    steps = [sampling.batches(step, 19, **options) for step in range(2 * per_epoch)]
+    assert [[len(batch) for batch in step] for step in steps[:per_epoch]] == [[4, 4], [4, 4], [3]]
+    first = np.concatenate([batch for step in steps[:per_epoch] for batch in step])
+    second = np.concatenate([batch for step in steps[per_epoch:] for batch in step])
+    assert sorted(first) == sorted(second) == [*range(19)]
+    assert (first != second).any()
+    assert (sampling.batches(0, 19, **{**options, "seed": 1})[0] != first[:4]).any()
+
+
+class Watching(nn.Module):
+    """A cross loss that keeps what it was given."""
+
+    uses_bank = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[dict[str, Any]] = []
+
+    def forward(self, student: Tensor, teacher: Tensor, **columns: Any) -> Tensor:
+        self.given.append({"teacher": teacher, **columns})
+        return losses.cross_contrastive(student, teacher, **columns)
+
+
+def test_the_bank_is_drawn_from_the_store_with_keys(model: str, store: Path, tmp_path: Path) -> None:
+    loss = Watching()
+    student, data, stored = runs.prepared(model, store, 40, "static")
+    train(student, data, stored, loss, TrainConfig(batch_size=8, bank_size=16), output=tmp_path)
+    for given in loss.given:
+        rows = [data.keys.tolist().index(key) for key in given["bank_keys"].tolist()]
+        assert len(set(rows)) == 16
+        assert torch.equal(given["bank"], stored.take(data.rows[rows]))
+        mine = [data.keys.tolist().index(key) for key in given["keys"].tolist()]
+        assert torch.equal(given["teacher"], stored.take(data.rows[mine]))
+    drawn = torch.cat([given["bank_keys"] for given in loss.given[:2]])
+    assert len(drawn.unique()) == 32
+
+
+def test_a_text_is_no_negative_of_itself(model: str, store: Path, tmp_path: Path) -> None:
+    """The bank row is the text itself here: it is masked, as if there were none."""
+    runs.small_run(model, tmp_path / "same", store=store, count=1, bank_size=1, epochs=3.0)
+    assert curve(tmp_path / "same") == [0.0, 0.0, 0.0]
+    runs.small_run(model, tmp_path / "more", store=store, count=40, bank_size=16, steps=1)
+    runs.small_run(model, tmp_path / "less", store=store, count=40, bank_size=0, steps=1)
+    assert curve(tmp_path / "more")[0] > 1.01 * curve(tmp_path / "less")[0]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is above 0, got 0"),
+        ({"epochs": -1.0}, "epochs is above 0"),
+        ({"epochs": math.nan}, "epochs is above 0"),
+        ({"steps": 0}, "steps is above 0"),
+        ({"accumulation": 0}, "accumulation is above 0"),
+        ({"learning_rate": 0.0}, "learning_rate is above 0"),
+        ({"learning_rate": math.inf}, "learning_rate is"),
+        ({"clip_norm": 0.0}, "clip_norm is above 0"),
+        ({"save_every": 0}, "save_every is above 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints is above 0"),
+        ({"weight_decay": -0.1}, "weight_decay is 0 or more"),
+        ({"weight_decay": math.nan}, "weight_decay is 0 or more"),
+        ({"bank_size": -1}, "bank_size is 0 or more"),
+        ({"seed": -1}, "seed is 0 or more"),
+        ({"warmup_fraction": 1.5}, r"warmup_fraction is 0\.\.1"),
+        ({"warmup_fraction": math.nan}, r"warmup_fraction is 0\.\.1"),
+        ({"batch_size": 0, "seed": -1}, "batch_size.*; seed"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_cannot_run_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        TrainConfig(**wrong)
+
+
+def test_a_tracker_that_is_not_there_is_refused(model: str, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no-such-thing: not an installed tracker"):
+        runs.small_run(model, tmp_path, store=store, trackers=("no-such-thing",))
+
+
+def test_the_tensorboard_tracker_starts(model: str, store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    runs.small_run(model, tmp_path, store=store, kind="static", trackers=("tensorboard",))
+    assert [*tmp_path.rglob("events.out.tfevents*")]
+
+
+def test_an_output_that_is_a_file_is_an_environment_error(model: str, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ResourceError, match="cannot be written"):
+        runs.small_run(model, tmp_path / "run", store=store, kind="static")
+
+
+def poisoned(student: Encoder, data: Examples, row: int) -> None:
+    """Give `row` a token that no other text has, and that token a NaN vector."""
+    student.backbone.table.data[data.tokens.ids[data.tokens.lengths[:row].sum()]] = float("nan")
+
+
+def unique_word(model: str, path: Path) -> tuple[Encoder, Examples, Store]:
+    teacher, texts = runs.teacher(model), [*runs.texts(20), "x x x"]
+    stored = embed(texts, teacher, path)
+    student = runs.student("static", teacher)
+    data = match(texts, student, teacher, stored)
+    poisoned(student, data, 20)
+    return student, data, stored
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(model: str, tmp_path: Path) -> None:
+    student, data, stored = unique_word(model, tmp_path / "store")
+    before: list[dict[str, Tensor]] = []
+
+    def remember(*arguments: Tensor) -> Tensor:
+        before.append({name: value.clone() for name, value in student.state_dict().items()})
+        return losses.cosine_distance(*arguments)
+
+    with pytest.raises(NumericsError, match=r"step \d+: loss nan.*1 rows have") as caught:
+        train(student, data, stored, remember, TrainConfig(batch_size=4), output=tmp_path)
+    report = json.loads((tmp_path / "non-finite.json").read_text())
+    assert [row["text"] for row in report["rows"]] == ["x x x"]
+    assert report["step"] == len(before)
+    assert caught.value.exit_code == 5
+    for name, value in student.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[-1][name].nan_to_num())
+    assert len(log(tmp_path)) == len(before) - 1
+
+
+def test_a_gradient_that_is_not_finite_stops_too(model: str, store: Path, tmp_path: Path) -> None:
+    def steep(student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - student.detach()).abs().sum().sqrt()  # 0, with an infinite slope
+
+    student, data, stored = runs.prepared(model, store, 20, "static")
+    with pytest.raises(NumericsError, match=r"step 1: loss 0\.0, gradient norm nan.*No rows"):
+        train(student, data, stored, steep, TrainConfig(batch_size=4), output=tmp_path)
+    assert len(json.loads((tmp_path / "non-finite.json").read_text())["rows"]) == 4
+
+
+# Resume
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: str, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
+    runs.small_run(model, output, store=store, bank_size=16, **LONG)
+    return output
+
+
+def cut_behind(source: Path, target: Path, step: int) -> None:
+    """The run as it was when it had saved `step`: later checkpoints gone, the log a little further."""
+    import shutil
+
+    shutil.copytree(source, target)
+    for folder in (target / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    lines = (target / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (target / "metrics.jsonl").write_text("".join(lines[: step + 2]) + '{"step": 9')
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_a_resumed_run_differs_in_no_bit(
+    model: str, store: Path, uninterrupted: Path, tmp_path: Path, step: int
+) -> None:
+    cut_behind(uninterrupted, tmp_path / "run", step)
+    torch.randn(7)  # whatever happened before in this process
+    runs.small_run(model, tmp_path / "run", store=store, bank_size=16, resume=True, **LONG)
+    assert_same_state(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_resumed_twice_differs_in_no_bit(model: str, store: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    for step in (3, 6):
+        cut_behind(uninterrupted if step == 3 else tmp_path / "3", tmp_path / str(step), step)
+        runs.small_run(model, tmp_path / str(step), store=store, bank_size=16, resume=True, **LONG)
+    assert_same_state(tmp_path / "6", uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["sum", "gram"])
+def test_every_step_of_forty_can_be_resumed(model: str, store: Path, tmp_path: Path, loss: str) -> None:
+    options = {**LONG, "epochs": 8.0, "save_every": 1, "keep_checkpoints": 50, "loss": loss}
+    runs.small_run(model, tmp_path / "whole", store=store, **options)
+    for step in range(1, 40):
+        cut_behind(tmp_path / "whole", tmp_path / str(step), step)
+        runs.small_run(model, tmp_path / str(step), store=store, resume=True, **options)
+        assert_same_state(tmp_path / str(step), tmp_path / "whole")
+
+
+def test_a_finished_run_resumed_is_that_run(model: str, store: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    cut_behind(uninterrupted, tmp_path / "run", 10)
+    run = runs.small_run(model, tmp_path / "run", store=store, bank_size=16, resume=True, **LONG)
+    assert run.final_loss == curve(uninterrupted)[-1]
+    assert_same_state(tmp_path / "run", uninterrupted)
+
+
+def test_resume_without_a_checkpoint_begins(model: str, store: Path, tmp_path: Path) -> None:
+    runs.small_run(model, tmp_path, store=store, resume=True)
+    assert len(log(tmp_path)) == 5
+
+
+def test_a_new_run_clears_the_checkpoints_of_the_one_before(model: str, store: Path, tmp_path: Path) -> None:
+    runs.small_run(model, tmp_path, store=store, steps=9, keep_checkpoints=3)
+    assert [item.name for item in sorted((tmp_path / "checkpoints").iterdir())] == [
+        f"step-{step:08d}" for step in (7, 8, 9)
+    ]
+    runs.small_run(model, tmp_path, store=store, steps=2, keep_checkpoints=1, save_every=1)
+    assert [item.name for item in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert len(log(tmp_path)) == 2
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    model: str, store: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cut_behind(uninterrupted, tmp_path / "run", 9)
+    (tmp_path / "run" / "checkpoints" / "step-00000009" / "model.safetensors").write_bytes(b"")
+    runs.small_run(model, tmp_path / "run", store=store, bank_size=16, resume=True, **LONG)
+    assert "step-00000009: model.safetensors differ" in capsys.readouterr().err
+    assert_same_state(tmp_path / "run", uninterrupted)
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        (folder / "state.json").unlink()
+    with pytest.raises(IntegrityError, match="no checkpoint is whole"):
+        runs.small_run(model, tmp_path / "run", store=store, bank_size=16, resume=True, **LONG)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"learning_rate": 1e-4}, r"learning_rate \(was 0.001, is 0.0001\)"),
+        ({"batch_size": 4}, r"steps \(was 10, is 20\), batch_size \(was 8, is 4\)"),
+        ({"loss": "gram"}, r"loss \(was CrossContrastive"),
+        ({"count": 39}, "texts"),
+        ({"kind": "static"}, "student"),
+        ({"seed": 1}, "seed"),
+        ({"bank_size": 0}, "bank_size"),
+    ],
+    ids=str,
+)
+def test_another_recipe_does_not_resume(
+    model: str, store: Path, uninterrupted: Path, change: dict[str, Any], field: str
+) -> None:
+    options = {"bank_size": 16, **LONG, **change}
+    with pytest.raises(IntegrityError, match=f"belongs to another run; what differs: {field}"):
+        runs.small_run(model, uninterrupted, store=store, resume=True, **options)
+    assert len(log(uninterrupted)) == 10
+
+
+def test_another_teacher_does_not_resume(tiny_mpnet: Path, model: str, store: Path, tmp_path: Path) -> None:
+    student, data, stored = runs.prepared(model, store, 20, "static")
+    config = TrainConfig(batch_size=8, resume=True)
+    train(student, data, stored, losses.CosineDistance(), config, output=tmp_path / "run")
+    other = runs.teacher(tiny_mpnet)
+    elsewhere = embed(runs.texts(20), other, tmp_path / "store")
+    with pytest.raises(IntegrityError, match="what differs: teacher"):
+        train(
+            student,
+            match(runs.texts(20), student, other, elsewhere),
+            elsewhere,
+            losses.CosineDistance(),
+            config,
+            output=tmp_path / "run",
+        )
+
+
+def test_settings_that_do_not_change_the_run_may_change(
+    model: str, store: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    cut_behind(uninterrupted, tmp_path / "run", 6)
+    changed = {**LONG, "save_every": 1, "keep_checkpoints": 1}
+    runs.small_run(model, tmp_path / "run", store=store, bank_size=16, resume=True, **changed)
+    assert_same_state(tmp_path / "run", uninterrupted)
+
+
+def test_losses_are_told_apart_by_their_options() -> None:
+    def same() -> training.Loss:
+        return partial(losses.cross_kl, temperature=0.1)
+
+    assert training._describe(same()) == training._describe(same())
+    assert training._describe(same()) != training._describe(partial(losses.cross_kl, temperature=0.2))
+    assert training._describe(losses.cross_kl) == "cross_kl"
+    assert "0x" not in training._describe(partial(losses.cross_kl))
+
+
+# Real processes: stops
+
+
+def stopping(model: str, output: str, store: str, signals: list[int], at: int, **config: Any) -> list[int]:
+    """In a process of its own: a run that gets signals while it works on a step."""
+    import os
+
+    step = training._Loop._step
+
+    def interrupted(self: Any, number: int) -> dict[str, Any]:
+        if number == at and distributed.rank() == distributed.world_size() - 1:
+            for one in signals:
+                os.kill(os.getpid(), one)
+        return step(self, number)
+
+    training._Loop._step = interrupted  # type: ignore[method-assign]
+    try:
+        runs.small_run(model, output, store=store, **config)
+    except Stopped as stopped:
+        return [stopped.exit_code]
+    except KeyboardInterrupt:
+        return [130, 130]
+    finally:
+        training._Loop._step = step  # type: ignore[method-assign]
+    return []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_is_saved_and_goes_on(
+    model: str, store: Path, uninterrupted: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    options = {**LONG, "bank_size": 16}
+    assert stopping(model, str(tmp_path), str(store), [number], 4, **options) == [code]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert checkpoint._problem(tmp_path / "checkpoints" / "step-00000005") is None
+    assert curve(tmp_path) == curve(uninterrupted)[:5]
+    runs.small_run(model, tmp_path, store=store, resume=True, **options)
+    assert_same_state(tmp_path, uninterrupted)
+
+
+def test_a_second_signal_stops_at_once(model: str, store: Path, tmp_path: Path) -> None:
+    assert stopping(model, str(tmp_path), str(store), [signal.SIGINT, signal.SIGINT], 4) == [130, 130]
+    assert len(log(tmp_path)) == 4
+
+
+def test_a_signal_in_the_last_step_is_a_finished_run(model: str, store: Path, tmp_path: Path) -> None:
+    assert stopping(model, str(tmp_path), str(store), [signal.SIGTERM], 4) == []
+
+
+def slow_run(model: str, output: str, store: str, seconds: float, **config: Any) -> float:
+    """In a process of its own: a run whose steps take a while."""
+    import time
+
+    step = training._Loop._step
+
+    def slowly(self: Any, number: int) -> dict[str, Any]:
+        time.sleep(seconds)
+        return step(self, number)
+
+    training._Loop._step = slowly  # type: ignore[method-assign]
+    return runs.small_run(model, output, store=store, **config).final_loss
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(model: str, store: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    output, options = tmp_path / "run", {**LONG, "bank_size": 16}
+    group = processes.start(slow_run, 1, tmp_path, model=model, output=output, store=store, seconds=0.3, **options)
+    group.wait_until(lambda: (output / "metrics.jsonl").exists() and len(curve(output)) >= 5)
+    group.kill()
+    assert 5 <= len(curve(output)) < 10
+    assert (output / "checkpoints" / "step-00000003").exists()
+    runs.small_run(model, output, store=store, resume=True, **options)
+    assert_same_state(output, uninterrupted)
+
+
+def test_a_launcher_that_is_stopped_leaves_a_whole_checkpoint(model: str, store: Path, tmp_path: Path) -> None:
+    """torchrun on CPUs: its processes have joined, its SIGTERM reaches both, and the run goes on as one process."""
+    output, options = tmp_path / "run", {**LONG, "dropout": 0.0}
+    group = processes.launch(slow_run, 2, tmp_path, model=model, output=output, store=store, seconds=0.3, **options)
+    group.wait_until(lambda: (output / "metrics.jsonl").exists() and len(curve(output)) >= 2)
+    group.processes[0].terminate()
+    assert group.wait(60) != [0]
+    steps = len(curve(output))
+    assert 2 <= steps < 10
+    assert checkpoint._problem(output / "checkpoints" / f"step-{steps:08d}") is None
+    assert "Run the same command with --train.resume to go on" in group.output()
+    assert {"0.cpu", "1.cpu"} <= checkpointed(output)["rng"].keys()
+    runs.small_run(model, output, store=store, resume=True, **options)
+    runs.small_run(model, tmp_path / "alone", store=store, **options)
+    np.testing.assert_allclose(curve(output), curve(tmp_path / "alone"), rtol=1e-5)
+
+
+def test_processes_that_did_not_join_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed.device()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ResourceError, match="the launcher started 2 processes and 1 joined"):
+        distributed.device()
+
+
+# Real processes: many as one
+
+MANY: dict[str, dict[str, Any]] = {
+    "contrastive": {"loss": "contrastive", "bank_size": 16, "epochs": 2.0},
+    "uneven": {"loss": "gram", "count": 13, "batch_size": 4, "epochs": 2.0},  # the last batch has one row
+    "accumulated": {"loss": "sum", "accumulation": 3, "epochs": 2.0, "bank_size": 16},
+    "static": {"loss": "sum", "kind": "static", "count": 3, "epochs": 2.0},
+}
+
+
+def many_runs(model: str, store: str, folder: str) -> dict[str, Any]:
+    """In one of several processes: all of MANY, a stop on one process, a NaN on one, a resume with dropout."""
+    here = Path(folder)
+    finals = {}
+    for name, options in MANY.items():
+        run = runs.small_run(model, here / name, store=store, **options)
+        finals[name] = {key: value.ravel().tolist() for key, value in runs.weights(run).items()}
+    found: dict[str, Any] = {"weights": finals if distributed.is_main() else None}
+    runs.small_run(model, here / "whole", store=store, **LONG)
+    found["codes"] = stopping(model, str(here / "stopped"), store, [signal.SIGTERM], 4, **LONG)
+    runs.small_run(model, here / "stopped", store=store, resume=True, **LONG)
+    student, data, stored = unique_word(model, here / "poisoned")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    try:
+        train(student, data, stored, losses.CosineDistance(), TrainConfig(batch_size=21), output=here / "nan")
+    except DistillError as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    found["unchanged"] = all(
+        torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in student.state_dict().items()
+    )
+    loss = Watching()
+    student, data, stored = runs.prepared(model, store, 40, "static")
+    train(student, data, stored, loss, TrainConfig(batch_size=8, bank_size=16), output=here / "watched")
+    found["bank"] = [given["bank_keys"].tolist() for given in loss.given]
+    found["keys"] = [given["keys"].tolist() for given in loss.given]
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(model: str, store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, processes.run(many_runs, 2, folder, model=model, store=store, folder=folder)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_two_processes_train_as_one(name: str, two: tuple[Path, list], model: str, store: Path, tmp_path: Path) -> None:
+    folder, found = two
+    run = runs.small_run(model, tmp_path, store=store, **MANY[name])
+    np.testing.assert_allclose(curve(folder / name), curve(tmp_path), rtol=1e-5, atol=1e-5)
+    assert [entry["texts"] for entry in log(folder / name)] == [entry["texts"] for entry in log(tmp_path)]
+    theirs = {key: np.array(value) for key, value in found[0]["weights"][name].items()}
+    assert_close_weights({key: value.ravel() for key, value in runs.weights(run).items()}, theirs)
+
+
+def test_two_processes_stop_and_resume_in_no_bit_different(two: tuple[Path, list]) -> None:
+    folder, found = two
+    assert [one["codes"] for one in found] == [[143], [143]]
+    assert_same_state(folder / "stopped", folder / "whole")
+    assert {"0.cpu", "1.cpu"} <= checkpointed(folder / "whole")["rng"].keys()
+
+
+def test_a_nan_on_one_process_stops_both_before_the_update(two: tuple[Path, list]) -> None:
+    folder, found = two
+    for one in found:
+        assert one["error"].startswith("NumericsError: step 1: loss nan")
+        assert one["unchanged"]
+    assert [row["text"] for row in json.loads((folder / "nan" / "non-finite.json").read_text())["rows"]] == ["x x x"]
+
+
+def test_two_processes_see_one_bank_and_one_batch(two: tuple[Path, list]) -> None:
+    first, second = two[1]
+    assert first["bank"] == second["bank"]
+    assert first["keys"] == second["keys"]
+    assert all(len(keys) == 8 for keys in first["keys"])
