@@ -2,8 +2,8 @@
 
 The student reads queries and documents in their roles, and is pulled to find each text's teacher vector among a bank.
 
-    accelerate launch recipes/keep_index.py --documents docs.jsonl --queries queries.jsonl --evaluation.corpus docs.jsonl \\
-        --evaluation.queries dev-queries.jsonl --evaluation.qrels dev-qrels.txt
+    accelerate launch recipes/keep_index.py --documents docs.jsonl --queries queries.jsonl \\
+        --evaluation.corpus docs.jsonl --evaluation.queries dev-queries.jsonl --evaluation.qrels dev-qrels.txt
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The main job in minutes, with nothing but installed packages: a 768-d teacher, the docstrings on this machine, a student.
+"""The main job in minutes, from installed packages alone: a 768-d teacher, the docstrings on this machine, a student.
 
 accelerate launch recipes/quickstart.py
 accelerate launch recipes/quickstart.py --student layers --steps 200

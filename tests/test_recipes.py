@@ -1,0 +1,486 @@
+"""Every recipe as users run it: real processes, one and two, tiny models and files; and every kind of bad input, end to end.
+
+Runs are started once a session, two at a time, and shared by the tests.
+"""
+
+import csv
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from distill.encoder import Encoder
+from distill.store import Store, text_keys
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if not path.name.startswith("_"))
+PYTHON = [sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+
+# Each recipe in its small mode, variant by variant. {name} stands for a file or folder of the session.
+TEXTS = "--data {texts} --held-out 12 --teacher.name {bert} --train.steps 6 --train.batch-size 16"
+SMALL = {
+    "quickstart": {
+        "static": "--teacher {bert} --texts 100 --held-out 20 --steps 5",
+        "layers": "--teacher {mpnet} --texts 100 --held-out 20 --steps 5 --student layers",
+    },
+    "match_embeddings": {
+        "static": TEXTS
+        + " --evaluation.sts {sts} --evaluation.classify-train {labelled} --evaluation.classify-test {labelled}",
+    },
+    "match_similarities": {"static": TEXTS + " --train.bank-size 24 --student.width 8"},
+    "keep_index": {
+        "layers": "--documents {documents} --queries {queries} --held-out 12 --teacher.name {prompted} --train.steps 6 "
+        "--train.batch-size 16 --train.bank-size 24 --train.learning-rate 1e-3 --student.kind layers --student.projection ridge "
+        "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}"
+    },
+    "classify": {"all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --steps 20 --shots 8"},
+}
+VARIANTS = [(recipe, variant) for recipe, variants in SMALL.items() for variant in variants]
+STUDENTS = [(recipe, variant) for recipe, variant in VARIANTS if recipe != "classify"]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a process said, and where it wrote."""
+
+    code: int
+    out: str
+    err: str
+    output: Path
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.output / name).read_text())
+
+    def metrics(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
+
+    def all_is_well(self) -> "Ran":
+        assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err}"
+        return self
+
+
+class Session:
+    """The files of the session, and the runs: each is started once, on demand or ahead of time."""
+
+    def __init__(self, folder: Path, models: dict[str, Path]):
+        self.folder = folder
+        self.pool = ThreadPoolExecutor(2)
+        self.futures: dict[str, Future[Any]] = {}
+        self.names = {name: str(path) for name, path in (models | write_files(folder)).items()}
+        binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        self.environment = {
+            **os.environ,
+            "PATH": binaries,
+            "PYTHONPATH": str(ROOT),
+            "DISTILL_HOME": str(folder / "cache"),
+        }
+        self.environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        self.environment |= {"COLUMNS": "120", "ACCELERATE_USE_CPU": "true"}
+
+    def start(self, job: str) -> "Future[Any]":
+        if job not in self.futures:
+            self.futures[job] = self.pool.submit(JOBS[job], self)
+        return self.futures[job]
+
+    def __call__(self, job: str) -> Any:
+        return self.start(job).result()
+
+    def command(self, recipe: str, flags: str, output: Path, launcher: list[str] = PYTHON) -> list[str]:
+        filled = [flag.format(**self.names) for flag in flags.split()]
+        out = [] if "--output" in filled or "--help" in filled else ["--output", str(output)]
+        return [*launcher, str(ROOT / "recipes" / f"{recipe}.py"), *filled, *out]
+
+    def run(self, recipe: str, flags: str, name: str, launcher: list[str] = PYTHON) -> Ran:
+        output = self.folder / "runs" / name
+        return self.shell(self.command(recipe, flags, output, launcher), output)
+
+    def shell(self, command: list[str], output: Path) -> Ran:
+        done = subprocess.run(
+            command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=300, check=False
+        )
+        return Ran(done.returncode, done.stdout, done.stderr, output)
+
+    def stopped(self, recipe: str, flags: str, name: str, number: int, steps: int = 4) -> Ran:
+        """A run that gets a signal after some steps."""
+        output = self.folder / "runs" / name
+        command = self.command(recipe, flags, output)
+        process = subprocess.Popen(
+            command, env=self.environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        log = output / "metrics.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= steps):
+            time.sleep(0.005)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        return Ran(process.returncode, out, err, output)
+
+
+def write_files(folder: Path) -> dict[str, Path]:
+    chance = random.Random(0)
+    words = sorted({word.strip(".,?") for text in tiny.SENTENCES for word in text.split()})
+    texts = sorted({" ".join(chance.choices(words, k=chance.randint(3, 12))) for _ in range(62)})
+    questions = [" ".join(text.split()[:3]) for text in texts[:24]]
+    tables = {
+        "texts": [{"text": text} for text in texts],
+        "documents": [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)],
+        "queries": [{"id": f"q{i}", "text": text} for i, text in enumerate(questions)],
+        "null": [{"text": "fine"}, {"text": None}],
+        "number": [{"text": "fine"}, {"text": 3.5}],
+        "nan": [{"text": "fine"}, {"text": math.nan}],
+        "nothing": [],
+        "three": [{"text": text} for text in texts[:3]],
+    }
+    paths = {name: folder / f"{name}.jsonl" for name in tables}
+    for name, rows in tables.items():
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths |= {"qrels": folder / "qrels.txt", "sts": folder / "sts.csv", "labelled": folder / "labelled.csv"}
+    paths["qrels"].write_text("".join(f"q{i} 0 d{i} 1\n" for i in range(20)))
+    pairs = [[one, other, f"{chance.uniform(0, 5):.2f}"] for one, other in itertools.pairwise(texts)]
+    labels = [["text", "label"], *([text, text[0].lower()] for text in texts)]
+    for name, rows in {"sts": pairs, "labelled": labels}.items():
+        with paths[name].open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    paths["in_the_way"] = folder / "in_the_way"
+    paths["in_the_way"].write_text("a file")
+    paths["no_model"] = folder / "no_model"
+    paths["no_model"].mkdir()
+    return paths
+
+
+def collapse(folder: Path) -> Path:
+    """A model whose last normalisation has no gain: one vector for every text."""
+    tiny.bert(folder, layers=2)
+    state = load_file(folder / "model.safetensors")
+    last = [name for name in state if name.endswith("LayerNorm.weight")]
+    for name in last:
+        state[name].zero_()
+    for name in last:
+        state[name.replace("weight", "bias")].normal_(generator=torch.Generator().manual_seed(0))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def session(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_mpnet: Path
+) -> Iterator[Session]:
+    folder = tmp_path_factory.mktemp("recipes")
+    prompts = {"query": "How do I find ", "document": "Interest rates: "}
+    models = {"bert": tiny_bert, "mpnet": tiny_mpnet, "collapsed": collapse(folder / "collapsed")}
+    models["prompted"] = tiny.bert(folder / "prompted", layers=4, prompts=prompts)
+    session = Session(folder, models)
+    if sum(item.path == Path(__file__) for item in request.session.items) > 10:
+        for job in JOBS:
+            session.start(job)
+    yield session
+    session.pool.shutdown(cancel_futures=True)
+
+
+# Jobs: the runs that tests share
+
+JOBS: dict[str, Callable[[Session], Any]] = {}
+
+
+def job(name: str) -> Callable[[Callable[[Session], Any]], Callable[[Session], Any]]:
+    def add(function: Callable[[Session], Any]) -> Callable[[Session], Any]:
+        JOBS[name] = function
+        return function
+
+    return add
+
+
+def add_small_runs() -> None:
+    for number, (recipe, variant) in enumerate(VARIANTS):
+        flags, name = SMALL[recipe][variant], f"{recipe}-{variant}"
+        launchers = {"one": PYTHON, "two": [*TORCHRUN, str(29610 + number)]}
+        for processes, launcher in launchers.items():
+            place = f"{name}-{processes}"
+            own = "" if recipe == "classify" else f" --store stores/{place}"
+            JOBS[place] = lambda s, r=recipe, f=flags + own, p=place, la=launcher: s.run(r, f, p, la)
+
+
+add_small_runs()
+BAD = {
+    "unknown flag": ("match_embeddings", "--data {texts} --train.batch-sise 3", 2, ["--train.batch-size"]),
+    "out of range": ("quickstart", "--texts 3", 2, ["--texts and --held-out are 16 or more, got 3 and 400"]),
+    "steps out of range": ("quickstart", "--steps 0", 2, ["steps is above 0, got 0"]),
+    "no weight": (
+        "match_similarities",
+        "--data x --loss.cosine 0 --loss.contrastive 0 --loss.kl 0",
+        2,
+        ["one above 0"],
+    ),
+    "temperature": ("keep_index", "--documents x --temperature 0", 2, ["--temperature is above 0, got 0.0"]),
+    "no proxies": ("classify", "--train-data x --test-data x --proxies 0", 2, ["--proxies must be above 0"]),
+    "impossible": (
+        "match_embeddings",
+        "--data {texts} --teacher.name absent --student.kind pretrained",
+        2,
+        ["--student.name"],
+    ),
+    "null row": ("match_embeddings", "--data {null}", 3, ["null.jsonl, line 2, column 'text'", "null"]),
+    "number row": ("match_embeddings", "--data {number}", 3, ["number.jsonl, line 2, column 'text'", "3.5"]),
+    "nan row": ("match_embeddings", "--data {nan}", 3, ["nan.jsonl, line 2, column 'text'", "NaN"]),
+    "empty": ("match_embeddings", "--data {nothing}", 3, ["nothing.jsonl"]),
+    "absent evaluation": (
+        "match_embeddings",
+        "--data {texts} --evaluation.sts absent.csv",
+        3,
+        ["absent.csv does not exist"],
+    ),
+    "unknown teacher": (
+        "match_embeddings",
+        "--data {texts} --teacher.name no/such",
+        6,
+        ["no/such", "Ways out", "local folder"],
+    ),
+    "no model": ("match_embeddings", "--data {texts} --teacher.name {no_model}", 6, ["no_model is no model"]),
+    "in the way": ("match_embeddings", "--data {texts} --output {in_the_way}", 6, ["in_the_way", "--output"]),
+    "collapsed": ("match_embeddings", "--data {texts} --teacher.name {collapsed}", 5, ["the same vector", "collapsed"]),
+    "not finite": (
+        "match_embeddings",
+        "--data {texts} --teacher.name {bert} --train.learning-rate 1e38 --train.steps 9",
+        5,
+        ["step", "non-finite.json", "--train.learning-rate"],
+    ),
+}
+for case, (bad_recipe, bad_flags, _, _) in BAD.items():
+    JOBS[case] = lambda s, r=bad_recipe, f=bad_flags, c=case: s.run(r, f, c)
+for path in RECIPES:
+    JOBS[f"help {path.stem}"] = lambda s, r=path.stem: s.run(r, "--help", "help")
+
+
+@job("launched")
+def _(session: Session) -> Ran:
+    launcher = ["accelerate", "launch", "--cpu"]
+    return session.run("classify", SMALL["classify"]["all"], "launched", launcher)
+
+
+@job("again")
+def _(session: Session) -> tuple[Ran, dict[str, int], Ran, dict[str, int]]:
+    """A recipe twice into one folder and from one store, the second time with fewer steps; and the store after each."""
+    flags = SMALL["quickstart"]["static"] + " --store stores/again"
+
+    def stored() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (session.folder / "stores" / "again").glob("*.*")}
+
+    first = session.run("quickstart", flags, "again")
+    before = stored()
+    (first.output / "student" / "left-over.txt").write_text("of the first run")
+    return first, before, session.run("quickstart", flags.replace("--steps 5", "--steps 3"), "again"), stored()
+
+
+@job("few rows")
+def _(session: Session) -> Ran:
+    return session.run("match_embeddings", "--data {three} --teacher.name {bert} --train.epochs 3", "few")
+
+
+def stop_and_resume(session: Session, recipe: str, flags: str, number: int, other: str) -> tuple[Ran, Ran, Ran]:
+    """Stop a run by a signal, resume it with another recipe, then with the command that it printed."""
+    name = f"stopped-{recipe}"
+    stopped = session.stopped(recipe, f"{flags} --store stores/{name}", name, number)
+    command = shlex.split(stopped.err.partition("To go on:")[2]) or ["false"]
+    refused = session.shell([*command, *other.split()], stopped.output)
+    return stopped, refused, session.shell(command, stopped.output)
+
+
+@job("Ctrl-C")
+def _(session: Session) -> tuple[Ran, Ran, Ran]:
+    flags = "--data {texts} --teacher.name {bert} --train.steps 1500"
+    return stop_and_resume(session, "match_embeddings", flags, signal.SIGINT, "--train.seed 1")
+
+
+@job("SIGTERM")
+def _(session: Session) -> tuple[Ran, Ran, Ran]:
+    flags = "--teacher {bert} --texts 100 --held-out 20 --steps 1500"
+    return stop_and_resume(session, "quickstart", flags, signal.SIGTERM, "--seed 1")
+
+
+@job("stores")
+def _(session: Session) -> dict[str, Ran]:
+    """A store met by another teacher, damaged, repaired, and used again."""
+    flags = "--data {texts} --teacher.name {bert} --train.steps 1 --store stores/shared"
+    ran = {"made": session.run("match_embeddings", flags, "shared")}
+    ran["other"] = session.run("match_embeddings", flags.replace("{bert}", "{mpnet}"), "other")
+    for shard in (session.folder / "stores" / "shared").glob("rows-*"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    ran["damaged"] = session.run("match_embeddings", flags, "damaged")
+    repair = re.search(r"`(python -m distill.store repair [^`]*)`", ran["damaged"].err)
+    ran["repair"] = session.shell(shlex.split(repair[1]) if repair else ["false"], session.folder)
+    ran["repaired"] = session.run("match_embeddings", flags, "repaired")
+    return ran
+
+
+# Good runs
+
+
+def test_every_recipe_has_a_small_mode() -> None:
+    assert {path.stem for path in RECIPES} == set(SMALL)
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
+def test_help_fits_two_screens(session: Session, recipe: str) -> None:
+    ran = session(f"help {recipe}").all_is_well()
+    assert 20 <= len(ran.out.splitlines()) <= 105
+    assert max(len(line) for line in ran.out.splitlines()) <= 120
+    assert f"accelerate launch recipes/{recipe}.py" in ran.out
+    assert "--debug" in ran.out
+
+
+@pytest.mark.parametrize(("recipe", "variant"), STUDENTS)
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_a_run_leaves_a_complete_folder(session: Session, recipe: str, variant: str, processes: str) -> None:
+    ran = session(f"{recipe}-{variant}-{processes}").all_is_well()
+    assert {"recipe.json", "metrics.jsonl", "report.json", "checkpoints", "student"} == {
+        path.name for path in ran.output.iterdir()
+    }
+    steps = [entry["step"] for entry in ran.metrics()]
+    assert steps == list(range(1, len(steps) + 1))
+    report = ran.json("report.json")
+    assert report["training"]["steps"] == len(steps)
+    assert {"teacher", "untrained start", "student"} <= set(report["scores"])
+    assert f"recipes/{recipe}.py" in report["command"]
+    assert report["command"].startswith("python" if processes == "one" else "torchrun --nproc-per-node 2")
+    assert "keeps of the teacher's scores" in ran.out or recipe == "match_similarities"
+    assert ran.out.count("SentenceTransformer(") == 1  # the main process alone speaks
+    table = ran.out[ran.out.index("  teacher") : ran.out.index("The student is in")]
+    assert all(len(line) <= 120 for line in table.splitlines()), table
+
+
+@pytest.mark.parametrize(("recipe", "variant"), STUDENTS)
+def test_sentence_transformers_gives_the_vectors_of_the_student(session: Session, recipe: str, variant: str) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    path = session(f"{recipe}-{variant}-one").all_is_well().output / "student"
+    student, opened = Encoder.from_pretrained(path), SentenceTransformer(str(path), device="cpu")
+    for role in (None, "query", "document"):
+        theirs = opened.encode(tiny.SENTENCES, prompt_name=role, convert_to_tensor=True)
+        assert (theirs - student.encode(tiny.SENTENCES, role=role)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("recipe", "variant"), STUDENTS)
+def test_two_processes_train_and_score_as_one(session: Session, recipe: str, variant: str) -> None:
+    one, two = (session(f"{recipe}-{variant}-{processes}").all_is_well() for processes in ("one", "two"))
+    losses = [[entry["loss"] for entry in ran.metrics()] for ran in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert len(set(losses[0])) == len(losses[0])  # it moves
+    scores = [ran.json("report.json")["scores"] for ran in (one, two)]
+    assert scores[0].keys() == scores[1].keys()
+    for system, row in scores[0].items():
+        for metric, interval in row.items():
+            assert scores[1][system][metric] == pytest.approx(interval, abs=1e-4), (system, metric)
+
+
+def test_two_processes_write_one_store(session: Session) -> None:
+    session("match_embeddings-static-two").all_is_well()
+    store = Store.open(session.folder / "stores" / "match_embeddings-static-two")
+    texts = [json.loads(line)["text"] for line in Path(session.names["texts"]).read_text().splitlines()]
+    assert (store.find(text_keys(texts)) >= 0).all()
+    assert len({bytes(key) for key in store.keys}) == len(store)
+
+
+@pytest.mark.parametrize("job", ["classify-all-one", "classify-all-two", "launched"])
+def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
+    ran = session(job).all_is_well()
+    report = ran.json("report.json")
+    assert report == session("classify-all-one").json("report.json") | {"command": report["command"]}
+    assert {path.name for path in ran.output.iterdir()} == {"recipe.json", "report.json"}
+    assert report["accuracy"]["low"] <= report["accuracy"]["value"] <= report["accuracy"]["high"]
+    assert report["accuracy"]["value"] > 2 / report["classes"]
+    assert f"accuracy {report['accuracy']['value']:.3f}" in ran.out
+
+
+def test_a_second_run_computes_no_teacher_vector_and_starts_over(session: Session) -> None:
+    first, before, second, after = session("again")
+    first.all_is_well()
+    second.all_is_well()
+    assert before == after
+    assert "holds an earlier run, which this one replaces" in second.err
+    assert [entry["step"] for entry in second.metrics()] == [1, 2, 3]
+    assert second.json("report.json")["training"]["steps"] == second.json("recipe.json")["recipe"]["steps"] == 3
+    assert sorted(path.name for path in (second.output / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    assert not (second.output / "student" / "left-over.txt").exists()
+
+
+def test_fewer_rows_than_a_batch_is_a_run(session: Session) -> None:
+    ran = session("few rows").all_is_well()
+    assert [entry["texts"] for entry in ran.metrics()] == [3, 3, 3]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_is_one_message_with_its_exit_code(session: Session, case: str) -> None:
+    _, _, code, parts = BAD[case]
+    ran = session(case)
+    assert ran.code == code, ran.err
+    for part in parts:
+        assert part in ran.err
+    assert "Traceback" not in ran.err
+    assert ran.err.count("error: ") == (case != "unknown flag")
+
+
+def test_debug_shows_where_it_happened(session: Session) -> None:
+    ran = session.run("match_embeddings", "--data {nothing} --debug", "debug")
+    assert ran.code == 3
+    assert "Traceback" in ran.err
+    assert "load_texts" in ran.err
+
+
+def test_rows_that_are_not_finite_are_written_down(session: Session) -> None:
+    report = session("not finite").json("non-finite.json")
+    assert report["rows"][0].keys() == {"row", "text"}
+
+
+def test_a_store_of_another_teacher_is_refused_by_the_fields_that_differ(session: Session) -> None:
+    ran = session("stores")
+    ran["made"].all_is_well()
+    assert ran["other"].code == 4
+    for part in ("stores/shared", "weights: store", "modules: store BertModel", "this encoder MPNetModel", "--store"):
+        assert part in ran["other"].err
+
+
+def test_a_damaged_store_is_refused_and_mended_by_the_command_it_names(session: Session) -> None:
+    ran = session("stores")
+    assert ran["damaged"].code == 4
+    assert "rows-" in ran["damaged"].err
+    assert ran["repair"].code == 0, ran["damaged"].err
+    ran["repaired"].all_is_well()
+
+
+# Stops
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "field"), [("Ctrl-C", 130, "--train.seed: was 0, is 1"), ("SIGTERM", 143, "--seed: was 0, is 1")]
+)
+def test_a_stopped_run_goes_on_with_the_command_it_prints(session: Session, job: str, code: int, field: str) -> None:
+    stopped, refused, resumed = session(job)
+    assert stopped.code == code, stopped.err
+    steps = int(re.search(r"stopped after step (\d+) of 1500", stopped.err)[1])  # type: ignore[index]
+    assert steps < 1500
+    assert "Traceback" not in stopped.err
+    assert refused.code == 4
+    assert field in refused.err
+    resumed.all_is_well()
+    assert [entry["step"] for entry in resumed.metrics()] == list(range(1, 1501))
+    assert resumed.json("report.json")["training"]["steps"] == 1500
