@@ -89,7 +89,7 @@ def _step(path: Path) -> int:
 
 def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and what is wrong with each that is newer."""
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(_steps(folder)):
         problem = _problem(path)
         if problem is None:

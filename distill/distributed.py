@@ -72,8 +72,7 @@ def main_first(action: Callable[[], Any]) -> Any:
     """Run `action` on the main process and hand its result to all. What it raises is raised on every process."""
     result, error = _attempt(action) if is_main() else (None, None)
     value, raised = agree((result, _portable(error)))
-    if error or raised:
-        raise error or raised
+    _raise(error or raised)
     return value
 
 
@@ -81,9 +80,7 @@ def everywhere(action: Callable[[], Any]) -> list[Any]:
     """Run `action` on every process; its results in rank order. If it raises on one, all raise: nobody waits for the lost one."""
     result, error = _attempt(action)
     outcomes = gather_objects((result, _portable(error)))
-    raised = next((other for _, other in outcomes if other), None)
-    if error or raised:
-        raise error or raised
+    _raise(error or next((other for _, other in outcomes if other), None))
     return [value for value, _ in outcomes]
 
 
@@ -148,6 +145,11 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return action(), None
     except Exception as error:
         return None, error
+
+
+def _raise(error: Exception | None) -> None:
+    if error:
+        raise error
 
 
 def _portable(error: Exception | None) -> Exception | None:

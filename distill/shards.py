@@ -90,7 +90,7 @@ def map_shard(path: Path, shard: Shard, width: int) -> tuple[dict[str, np.ndarra
     return small, vectors
 
 
-_COLUMNS = {
+_COLUMNS: dict[str, tuple[str, np.dtype[Any]]] = {
     "vectors": ("F16", np.dtype("<f2")),
     "keys": ("U64", np.dtype("<u8")),
     "token_counts": ("I32", np.dtype("<i4")),
