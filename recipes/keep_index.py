@@ -39,11 +39,11 @@ class Recipe:
     """Folder of the teacher's vectors; `python -m distill.embed` takes over those of an index that exists."""
     output: Path = Path("runs/keep_index")
     """Folder of the run."""
-    temperature: float = 0.05
+    temperature: float = 0.07
     """Of the contrastive term."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, bank_size=4096))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10.0, learning_rate=2e-3, bank_size=4096))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

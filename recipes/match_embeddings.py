@@ -37,7 +37,7 @@ class Recipe:
     """Folder of the run."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10.0))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

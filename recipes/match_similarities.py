@@ -28,13 +28,13 @@ class LossConfig:
 
     cosine: float = 1.0
     """Each text to its twin."""
-    contrastive: float = 0.1
+    contrastive: float = 1.0
     """Each text's twin found among the bank."""
-    kl: float = 0.1
+    kl: float = 1.0
     """The teacher's distribution over the bank."""
     kl_until: float = 0.5
     """Share of the run in which the KL term fades out."""
-    temperature: float = 0.05
+    temperature: float = 0.07
     """Of contrastive and KL, student and teacher."""
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class Recipe:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, bank_size=4096))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5.0, learning_rate=2e-3, bank_size=4096))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

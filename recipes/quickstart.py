@@ -26,9 +26,9 @@ from distill.training import TrainConfig, train
 class Recipe:
     teacher: str = TeacherConfig.name
     """A local folder, a Hub name, or an installed weight package."""
-    texts: int = 4000
+    texts: int = 3000
     """Texts to train on."""
-    held_out: int = 400
+    held_out: int = 300
     """Pairs of summary and description kept for the report, from packages that are not trained on."""
     student: Literal["static", "layers"] = "static"
     """static: a table of token vectors; layers: a transformer of the teacher's layers 0, 1 and the last."""
@@ -51,8 +51,8 @@ class Recipe:
     def training(self) -> TrainConfig:
         common = {"steps": self.steps, "seed": self.seed, "resume": self.resume}
         if self.student == "static":
-            return TrainConfig(epochs=10, batch_size=256, learning_rate=1e-3, bank_size=4096, **common)
-        return TrainConfig(epochs=1, batch_size=32, learning_rate=3e-4, bank_size=4096, **common)
+            return TrainConfig(epochs=10.0, batch_size=256, learning_rate=2e-3, bank_size=4096, **common)
+        return TrainConfig(epochs=1.0, batch_size=32, learning_rate=3e-4, bank_size=4096, **common)
 
 
 def main(recipe: Recipe) -> None:
@@ -66,7 +66,7 @@ def main(recipe: Recipe) -> None:
     store = embed(texts, teacher, recipe.store)
     student = StudentConfig(kind=recipe.student).build(teacher, store, texts)
     start = copy.deepcopy(student)
-    loss = CrossContrastive(temperature=0.05)
+    loss = CrossContrastive(temperature=0.07)
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.training(), output=recipe.output)
 
     data = EvaluationData(texts=held_out.texts(), retrieval={"": held_out.retrieval()})

@@ -51,10 +51,14 @@ SMALL = {
         "--train.batch-size 16 --train.bank-size 24 --train.learning-rate 1e-3 --student.kind layers --student.projection ridge "
         "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}"
     },
+    "evaluate": {
+        "all": "--models {bert} {mpnet} --teacher.name {bert} --texts {texts} --evaluation.sts {sts} "
+        "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}"
+    },
     "classify": {"all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --steps 20 --shots 8"},
 }
 VARIANTS = [(recipe, variant) for recipe, variants in SMALL.items() for variant in variants]
-STUDENTS = [(recipe, variant) for recipe, variant in VARIANTS if recipe != "classify"]
+STUDENTS = [(recipe, variant) for recipe, variant in VARIANTS if recipe not in ("classify", "evaluate")]
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ def add_small_runs() -> None:
 add_small_runs()
 BAD = {
     "unknown flag": ("match_embeddings", "--data {texts} --train.batch-sise 3", 2, ["--train.batch-size"]),
-    "out of range": ("quickstart", "--texts 3", 2, ["--texts and --held-out are 16 or more, got 3 and 400"]),
+    "out of range": ("quickstart", "--texts 3", 2, ["--texts and --held-out are 16 or more, got 3 and 300"]),
     "steps out of range": ("quickstart", "--steps 0", 2, ["steps is above 0, got 0"]),
     "no weight": (
         "match_similarities",
@@ -395,6 +399,18 @@ def test_two_processes_write_one_store(session: Session) -> None:
     texts = [json.loads(line)["text"] for line in Path(session.names["texts"]).read_text().splitlines()]
     assert (store.find(text_keys(texts)) >= 0).all()
     assert len({bytes(key) for key in store.keys}) == len(store)
+
+
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_evaluate_compares_models_in_pairs(session: Session, processes: str) -> None:
+    ran = session(f"evaluate-all-{processes}").all_is_well()
+    bert, mpnet = session.names["bert"], session.names["mpnet"]
+    scores = ran.json("report.json")["scores"]
+    assert {"teacher", str(bert), str(mpnet)} <= set(scores)
+    assert scores[str(bert)]["cosine to teacher"]["value"] == pytest.approx(1, abs=1e-3)
+    (ndcg,) = (metric for metric in scores["teacher"] if metric.endswith("ndcg@10"))
+    assert scores[str(bert)][ndcg] == pytest.approx(scores["teacher"][ndcg], abs=1e-3)
+    assert f"{bert} - {mpnet}, paired" in ran.out
 
 
 @pytest.mark.parametrize("job", ["classify-all-one", "classify-all-two", "launched"])

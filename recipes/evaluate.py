@@ -1,0 +1,63 @@
+"""Score model folders side by side on the same data; the first is compared with each other one, in pairs.
+
+accelerate launch recipes/evaluate.py --models runs/mine/student other/model --evaluation.sts dev.csv
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from distill import cli, distributed, files
+from distill.config import EvaluationConfig, TeacherConfig
+from distill.data import load_texts
+from distill.encoder import Encoder
+from distill.errors import RecipeError
+from distill.evaluation import Scores, evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    models: tuple[str, ...]
+    """Folders or names; any sentence-transformers model of modules that distill knows."""
+    texts: tuple[str, ...] = ()
+    """Texts for fidelity to the teacher: files, globs, Hub data sets."""
+    column: str | None = None
+    """Column of the texts."""
+    limit: int | None = 2000
+    """Of these texts, at most."""
+    store: Path | None = None
+    """Folder of the teacher's vectors; None: in the cache, by teacher."""
+    output: Path = Path("runs/evaluate")
+    """Folder of report.json."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if len(set(self.models)) < len(self.models) or not self.models:
+            raise RecipeError("--models names one or more different models.")
+
+
+def main(recipe: Recipe) -> None:
+    cli.record(recipe, recipe.output)
+    texts = load_texts(recipe.texts, column=recipe.column, limit=recipe.limit).texts if recipe.texts else []
+    data = recipe.evaluation.load(texts)
+    teacher = recipe.teacher.load()
+    models = {name: Encoder.from_pretrained(name).to(distributed.device()) for name in recipe.models}
+    alike = all(model.width == teacher.width for model in models.values())
+    scores = evaluate(models, teacher, data, store=recipe.store, keep_index=alike)
+    distributed.main_first(partial(files.write_json, recipe.output / "report.json", scores.as_json()))
+    cli.say(scores)
+    for other in recipe.models[1:]:
+        cli.say(f"\n{recipe.models[0]} - {other}, paired:\n{differences(scores, recipe.models[0], other)}")
+
+
+def differences(scores: Scores, first: str, second: str) -> str:
+    """Paired differences of the metrics that are means over rows."""
+    shared = [
+        name for name, score in scores.table[first].items() if score.values is not None and name in scores.table[second]
+    ]
+    return "\n".join(f"  {name}: {scores.difference(first, second, name)}" for name in shared)
+
+
+if __name__ == "__main__":
+    cli.run(main, Recipe)
