@@ -44,6 +44,7 @@ def _run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: l
         with _terminable():
             recipe = _parse(recipe_type, arguments, main.__doc__ or sys.modules[main.__module__].__doc__ or "")
             distributed.device()
+            distributed.use_all_cores()
             main(recipe)
             distributed.finish()
         return 0

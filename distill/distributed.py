@@ -33,6 +33,16 @@ def device() -> torch.device:
     return device
 
 
+def use_all_cores() -> None:
+    """Give a lone process on a CPU all its cores under `accelerate launch`, which sets OMP_NUM_THREADS=1 if nobody sets it.
+
+    A number of threads other than 1 was chosen by somebody and stays.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if by_accelerate and world_size() == 1 and device().type == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

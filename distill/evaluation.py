@@ -23,6 +23,7 @@ from distill.errors import DataError
 from distill.heads import CosineLinear
 from distill.metrics import Interval, bootstrap_interval
 from distill.similarity import pairwise_cosine, top_k_neighbours
+from distill.store import Store, text_keys
 
 Encode = Callable[..., Float[Tensor, "n d"]]
 
@@ -248,9 +249,13 @@ def _mean_score(values: Float[Tensor, " n"]) -> Score:
 
 def _stored(teacher: Encoder, path: str | Path | None) -> Encode:
     """Encode through the store: a text's vector is computed at most once, ever. One that is not finite counts as zero."""
+    opened: list[Store] = []  # once: embed hashes the teacher's weights to know its store
 
     def encode(texts: Sequence[str], *, role: str | None = None) -> Float[Tensor, "n e"]:
-        vectors = embed(texts, teacher, path, role=role).vectors(texts, prompt=teacher.prompt(role))
+        prompt = teacher.prompt(role)
+        if not opened or (opened[0].find(text_keys(texts, prompt=prompt)) < 0).any():
+            opened[:] = [embed(texts, teacher, path, role=role)]
+        vectors = opened[0].vectors(texts, prompt=prompt)
         return torch.where(torch.isfinite(vectors).all(dim=1, keepdim=True), vectors, 0.0)
 
     return encode

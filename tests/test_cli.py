@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -233,3 +234,19 @@ def test_an_output_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Pa
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ResourceError, match=rf"{output}: .* Name a folder you may write to with --output\."):
             cli.record(Recipe(output=output), output)
+
+
+def test_a_lone_process_of_accelerate_launch_uses_all_cores(tmp_path: Path) -> None:
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import torch\nfrom distill import cli, distributed\nfrom dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\nclass Recipe:\n    pass\n"
+        "def main(recipe):\n    print('threads', torch.get_num_threads())\n"
+        "if __name__ == '__main__':\n    cli.run(main, Recipe)\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", str(script)]
+    for given, expected in ((None, len(os.sched_getaffinity(0))), ("2", 2)):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        environment |= {"OMP_NUM_THREADS": given} if given else {}
+        ran = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120, check=True)
+        assert f"threads {expected}" in ran.stdout
