@@ -39,8 +39,8 @@ def published_folder(path: Path) -> Iterator[Path]:
     aside = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
-        temporary.chmod(0o755)
         for item in [*temporary.rglob("*"), temporary]:
+            item.chmod(0o755 if item.is_dir() else 0o644)  # temporary files are private, and so are safetensors'
             _sync(item)
         if path.exists():
             os.rename(path, aside)

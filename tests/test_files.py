@@ -117,3 +117,13 @@ def _fail_halfway(published: AbstractContextManager[Path], name: str, error: typ
     with published as temporary:
         (temporary / name).write_text("half")
         raise error
+
+
+def test_a_published_folder_can_be_read_by_everybody(tmp_path: Path) -> None:
+    with files.published_folder(tmp_path / "shared") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "private").touch(mode=0o600)
+    modes = {
+        path.name: path.stat().st_mode & 0o777 for path in [tmp_path / "shared", *(tmp_path / "shared").rglob("*")]
+    }
+    assert modes == {"shared": 0o755, "inner": 0o755, "private": 0o644}
