@@ -8,6 +8,7 @@ import pytest
 import torch
 
 jaxtyping.install_import_hook("distill", "beartype.beartype")
+torch.set_num_threads(1)  # as in the processes that tests start: the last bit of a product depends on the threads
 
 
 @pytest.fixture(autouse=True)
