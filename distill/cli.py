@@ -117,6 +117,8 @@ def _record(recipe: Any, output: Path) -> None:
     path = output / "recipe.json"
     try:
         begun = any((output / "checkpoints").glob("step-*"))
+        if begun and not {"train", "resume"} & value["recipe"].keys():
+            raise RecipeError(f"{output} holds a training run, which this would overwrite; name another --output.")
         if begun and path.exists() and _resumes(value["recipe"]):
             _refuse_other_recipe(output, json.loads(path.read_text(encoding="utf-8"))["recipe"], value["recipe"])
         elif begun or (output / "student").exists():

@@ -97,7 +97,7 @@ class StudentConfig:
         student.to(teacher.device)
         if self.projection == "ridge" or (self.kind == "pretrained" and student.width != student.backbone.width):
             targets = [store.vectors(some, prompt=teacher.prompt(role)) for role, some in by_role]
-            students.fit_projection(student, everything, torch.cat(targets))
+            students.fit_projection(student, texts, torch.cat(targets))
         if self.kind != "static" and not self.train_token_table:
             students.freeze_token_table(student)
         return student
@@ -126,6 +126,8 @@ class EvaluationConfig:
             if any(given) and not all(given):
                 flags = ", ".join("--evaluation." + name.replace("_", "-") for name in names)
                 raise RecipeError(f"{flags} belong together; give all or none.")
+        if len({_stem(name) for name in self.sts}) < len(self.sts):
+            raise RecipeError("two files of --evaluation.sts have one name before the first dot; rename one.")
 
     def load(self, texts: list[str], *, role: str | None = None) -> EvaluationData:
         """The data, with `texts` for fidelity. Read before the training: a mistake in a file shows at once."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from distill.errors import ResourceError
+from distill.errors import ResourceError, Stopped
 
 
 def device() -> torch.device:
@@ -53,11 +53,6 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        gather_objects(None)  # a collective on objects needs no device and no dtype
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -150,19 +145,19 @@ def global_loss(
     return value.detach() + world_size() * (value - value.detach())
 
 
-def _attempt(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
+def _attempt(action: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     try:
         return action(), None
-    except Exception as error:
+    except (Exception, Stopped) as error:
         return None, error
 
 
-def _raise(error: Exception | None) -> None:
+def _raise(error: BaseException | None) -> None:
     if error:
         raise error
 
 
-def _portable(error: Exception | None) -> Exception | None:
+def _portable(error: BaseException | None) -> BaseException | None:
     """What other processes can be told: an exception of a library may not survive the journey."""
     if error is None or type(error).__module__ in ("builtins", "distill.errors"):
         return error

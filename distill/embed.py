@@ -87,6 +87,7 @@ def embed_vocabulary(
     teacher: Encoder, path: str | Path | None = None, *, flush_seconds: float = 30.0
 ) -> Float[Tensor, "v e"]:
     """The teacher's vector of each token of its vocabulary, alone between the special tokens; stored like texts, by id."""
+    teacher.require_transformer()
     path = Path(path) if path is not None else distributed.main_first(partial(default_store, teacher))
     store = _prepare(path, teacher)
     names = [str(token) for token in range(len(teacher.tokenizer))]
@@ -349,11 +350,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-length", type=int, default=None, help="tokens the vectors were made with, if not the model's own"
     )
+    parser.add_argument(
+        "--role",
+        choices=("query", "document"),
+        default=None,
+        help="whose prompt of the model the vectors were made with",
+    )
     options = parser.parse_args(arguments)
     try:
         teacher = Encoder.from_pretrained(options.teacher, max_length=options.max_length)
         texts = load_texts(options.texts, column=options.column, unique=False).texts
-        store = import_vectors(texts, _read_array(options.vectors), teacher, options.path)
+        store = import_vectors(texts, _read_array(options.vectors), teacher, options.path, role=options.role)
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

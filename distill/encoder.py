@@ -171,6 +171,7 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def encode_vocabulary(self) -> Float[Tensor, "v width"]:
         """The vector of each token of the vocabulary, alone between the special tokens. Cost: one short text a token."""
+        self.require_transformer()
         with _eval_mode(self):
             ids = torch.arange(len(self.tokenizer)).split(512)
             parts = [
@@ -178,6 +179,11 @@ class Encoder(nn.Module):
                 for part in tqdm(ids, desc="tokens", delay=2, disable=None)
             ]
         return torch.cat(parts)
+
+    def require_transformer(self) -> None:
+        """RecipeError for a static table: its tokens have no vectors of their own to be distilled again."""
+        if isinstance(self.backbone, StaticTable):
+            raise RecipeError(f"{self.name} is static already. Start from it with students.pretrained.")
 
     def single_tokens(self, ids: Sequence[int]) -> Tokens:
         """Texts of one token each, between the special tokens that this tokenizer puts around a text."""
@@ -279,8 +285,10 @@ def _tokenizer_json(tokenizer: Any) -> str:
 def _config_json(backbone: nn.Module) -> str:
     if not isinstance(backbone, TransformerBackbone):
         return "static"
-    noise = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
-    config = {key: value for key, value in backbone.model.config.to_dict().items() if key not in noise}
+    noise = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+    noise |= {"id2label", "label2id", "problem_type"}
+    # What differs from the defaults: a new release of transformers adds defaults, and changes no vector by that.
+    config = {key: value for key, value in backbone.model.config.to_diff_dict().items() if key not in noise}
     return json.dumps(config, sort_keys=True, default=str)
 
 

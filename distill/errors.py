@@ -41,9 +41,15 @@ class ResourceError(DistillError, OSError):
     exit_code = 6
 
 
-class Stopped(DistillError):
-    """The run was asked to stop (Ctrl-C: 130, SIGTERM: 143); its state is saved and it can be resumed."""
+class Stopped(BaseException):
+    """The run was asked to stop (Ctrl-C: 130, SIGTERM: 143); its state is saved and it can be resumed.
+
+    No `except Exception` on the way may take it for a failure of what was being done.
+    """
 
     def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
+        super().__init__(message, exit_code)  # both, so that it can be sent to other processes
         self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return str(self.args[0])

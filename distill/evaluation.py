@@ -19,7 +19,7 @@ from distill import distributed, metrics
 from distill.data import Labelled, Pairs, Retrieval
 from distill.embed import embed
 from distill.encoder import Encoder
-from distill.errors import DataError
+from distill.errors import DataError, RecipeError
 from distill.heads import CosineLinear
 from distill.metrics import Interval, bootstrap_interval
 from distill.similarity import pairwise_cosine, top_k_neighbours
@@ -129,6 +129,8 @@ def evaluate(
     `keep_index` adds a row "NAME -> teacher's index" a student: its queries against the documents that the teacher
     embedded. Cost: one pass of each student over the data, and of the teacher over what is not stored.
     """
+    if "teacher" in students or any(" -> " in name for name in students):
+        raise RecipeError(f'a student is not named "teacher" nor with an arrow, got {", ".join(students)}.')
     reader = _stored(teacher, store)
     table = {"teacher": _labels_scores(reader, data) | _retrieval_scores(reader, reader, data)}
     for name, student in students.items():

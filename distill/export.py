@@ -24,9 +24,6 @@ class Provenance:
     command: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        versions = {
-            name: importlib.metadata.version(name) for name in ("distill", "torch", "transformers", "accelerate")
-        }
         return {
             "teacher": self.teacher.name,
             "teacher_commit": self.teacher.commit,
@@ -35,7 +32,7 @@ class Provenance:
             "data": self.data,
             "loss": self.loss,
             "command": self.command or this_command(),
-            "versions": versions,
+            "versions": {name: _version(name) for name in ("distill", "torch", "transformers", "accelerate")},
         }
 
 
@@ -67,6 +64,13 @@ def usage(path: str | Path) -> str:
         f'student = SentenceTransformer("{path}")\n'
         'vectors = student.encode(["a query for the index you already have"])'
     )
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from its folder
+        return "not installed"
 
 
 def this_command() -> str:

@@ -20,7 +20,7 @@ def published_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)
+        _publish_mode(temporary)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -40,7 +40,7 @@ def published_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for item in [*temporary.rglob("*"), temporary]:
-            item.chmod(0o755 if item.is_dir() else 0o644)  # temporary files are private, and so are safetensors'
+            _publish_mode(item)
             _sync(item)
         if path.exists():
             os.rename(path, aside)
@@ -85,6 +85,13 @@ def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _publish_mode(path: Path) -> None:
+    """What the umask leaves: temporary files are private, and so are those of safetensors."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _sync(path: Path) -> None:

@@ -286,6 +286,8 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _read_pooling(folder: Path | None, hidden: int, prompts: Mapping[str, str]) -> Pooling:
+    if folder and not (folder / "config.json").exists():
+        raise IntegrityError(f"{folder}/config.json is missing: it says how to pool. Fetch the model again.")
     config = _read_json(folder / "config.json", {}) if folder else {}
     modes: Any = config.get("pooling_mode") or _legacy_modes(config) or ["mean"]
     if any(prompts.values()) and not config.get("include_prompt", True):

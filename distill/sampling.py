@@ -18,7 +18,7 @@ def batches(step: int, count: int, *, batch_size: int, accumulation: int, seed: 
 
 
 def bank_rows(draw: int, count: int, *, size: int, seed: int) -> np.ndarray:
-    """The draw-th window of `size` rows of a permutation: no row twice in it, and all rows before one comes again."""
+    """The draw-th window of `size` rows of a permutation: no row twice in it. What fills no window is skipped until the next one."""
     size = min(size, count)
     epoch, window = divmod(draw, count // size)
     return permutation(seed + 1, epoch, count)[window * size : (window + 1) * size]

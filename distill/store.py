@@ -268,9 +268,10 @@ def refuse_other_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[st
         lines = "".join(
             f"\n  {name}: store {_short(stored.get(name))}, this encoder {_short(wanted.get(name))}" for name in fields
         )
-        raise IntegrityError(
-            f"{path} holds the vectors of another encoder. What differs:{lines}\nName another folder with --store, or load the encoder that made it."
-        )
+        way = "Name another folder with --store, or load the encoder that made it."
+        if fields == ["max_length"]:
+            way = f"The same model with another limit: use --teacher.max-length {stored.get('max_length')}, or another folder with --store."
+        raise IntegrityError(f"{path} holds the vectors of another encoder. What differs:{lines}\n{way}")
 
 
 def packed(keys: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from distill.errors import RecipeError
 from distill.folder import UNLIMITED
 from distill.heads import Projection
 from distill.modules import Dense, Normalize, StaticTable, TransformerBackbone
+from distill.similarity import normalize
 
 SIF_SMOOTHING = 3e-4  # Arora et al. 2017: a token of probability p weighs a / (a + p)
 
@@ -33,8 +34,7 @@ def static(
     principal directions themselves. Token weights are SIF over the tokens of `texts`, or Zipf's law by token id.
     `token_vectors` are `embed.embed_vocabulary`'s; without them the teacher runs over its vocabulary here.
     """
-    if not isinstance(teacher.backbone, TransformerBackbone):
-        raise RecipeError(f"{teacher.name} is static already. Start from it with students.pretrained.")
+    teacher.require_transformer()
     vectors = teacher.encode_vocabulary() if token_vectors is None else token_vectors
     if not 1 <= width <= vectors.shape[1]:
         raise RecipeError(f"a static student of {teacher.name} has width 1..{vectors.shape[1]}, got {width}.")
@@ -89,11 +89,16 @@ def pretrained(name: str | Path, teacher: Encoder, **options: Any) -> Encoder:
 
 @torch.no_grad()
 def fit_projection(
-    student: Encoder, texts: Sequence[str], vectors: Float[Tensor, "n e"], *, ridge: float | None = None
+    student: Encoder,
+    texts: Sequence[str] | Mapping[str, Sequence[str]],
+    vectors: Float[Tensor, "n e"],
+    *,
+    ridge: float | None = None,
 ) -> None:
     """Set the student's last Dense layer to the ridge regression from its vectors of `texts` to the teacher's `vectors`.
 
-    Closed form over all rows; `ridge=None` chooses the penalty on held-out rows. Cost: one pass of the student.
+    Closed form over all rows whose vector is finite and not zero; `ridge=None` chooses the penalty on held-out rows.
+    `texts` may be by role, with `vectors` in the same order. Cost: one pass of the student.
     """
     last, head = _projection(student), student.head
     place = next(number for number, layer in enumerate(head) if getattr(layer, "linear", None) is last)
@@ -105,12 +110,13 @@ def fit_projection(
         )
     student.head = nn.Sequential(*list(head)[:place])
     try:
-        inputs = student.encode(texts, progress="projection")
+        by_role = texts.items() if isinstance(texts, Mapping) else [(None, texts)]
+        inputs = torch.cat([student.encode(some, role=role, progress="projection") for role, some in by_role])
     finally:
         student.head = head
     # Rows enter as directions: the student is compared by cosine, so a long text must not count for more.
-    inputs = inputs / inputs.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    last.weight.copy_(Projection.ridge(inputs, vectors, ridge=ridge).weight)
+    good = vectors.isfinite().all(dim=1) & vectors.any(dim=1)
+    last.weight.copy_(Projection.ridge(normalize(inputs[good]), vectors[good], ridge=ridge).weight)
     if last.bias is not None:
         last.bias.zero_()
 

@@ -24,6 +24,7 @@ from distill import checkpoint, distributed, files, sampling
 from distill.encoder import Encoder
 from distill.errors import IntegrityError, NumericsError, RecipeError, ResourceError, Stopped
 from distill.examples import Examples
+from distill.heads import parameter_groups
 from distill.stopping import stop_signals
 from distill.store import Store
 
@@ -58,7 +59,7 @@ class TrainConfig:
     dropout: bool = False
     """Keep the model's own dropout on. A student that copies vectors is better without."""
     bank_size: int = 0
-    """Further teacher vectors, drawn from the store, as columns of the losses that compare student with teacher rows."""
+    """Further teacher vectors of the training texts, at most as many as there are, as columns of student x teacher losses."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: autocast in the encoder; losses stay in float32."""
     seed: int = 0
@@ -118,6 +119,8 @@ def train(
 ) -> Run:
     """Train `student` in place and return the run; writes OUTPUT/metrics.jsonl and OUTPUT/checkpoints.
 
+    Those of an earlier run in OUTPUT are deleted, unless config.resume.
+
     `loss` is called as loss(student, teacher); one with `uses_bank` also gets bank=, keys=, bank_keys=. A loss or gradient
     that is not finite stops all processes before the update (NumericsError, rows in OUTPUT/non-finite.json). Ctrl-C and
     SIGTERM finish the step, save, and raise Stopped.
@@ -144,10 +147,7 @@ class _Loop:
         try:
             return self._run()
         finally:
-            for name in (
-                "forward",
-                "_original_forward",
-            ):  # what Accelerate put over the class's own for mixed precision
+            for name in ("forward", "_original_forward"):  # Accelerate's, over the class's own, for mixed precision
                 vars(self.student).pop(name, None)
             self.student.eval()
 
@@ -361,12 +361,9 @@ def _accelerator(config: TrainConfig, output: Path) -> "Accelerator":
 
 
 def _adamw(student: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
+    rate, decay = config.learning_rate, config.weight_decay
+    groups = parameter_groups(student, lr=rate, sigma_lr=rate, weight_decay=decay)
+    return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
 def _rate(adamw: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Callable[[float], float]:

@@ -35,6 +35,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if len(set(self.models)) < len(self.models) or not self.models:
             raise RecipeError("--models names one or more different models.")
+        if not (self.texts or self.evaluation.sts or self.evaluation.corpus or self.evaluation.classify_test):
+            raise RecipeError("nothing to score on: give --texts or some of --evaluation.*.")
 
 
 def main(recipe: Recipe) -> None:

@@ -39,8 +39,10 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         weights = (self.cosine, self.contrastive, self.kl)
-        if min(weights) < 0 or not sum(weights) > 0:
-            raise RecipeError(f"the weights of cosine, contrastive and kl are 0 or more, one above 0; got {weights}.")
+        if not min(weights) >= 0 or not self.cosine + self.contrastive > 0:
+            raise RecipeError(
+                f"weights are 0 or more, cosine or contrastive above 0 since kl fades out; got cosine, contrastive, kl {weights}."
+            )
         if not 0 < self.kl_until <= 1 or not self.temperature > 0:
             raise RecipeError(
                 f"kl_until is above 0, up to 1, got {self.kl_until}; temperature above 0, got {self.temperature}."

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_a_value_that_cannot_be_is_one_plain_line(run: Run, arguments: list[str]
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.DistillError)]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (errors.DistillError, Stopped)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not errors.DistillError])
 def test_every_kind_of_error_has_its_exit_code_and_no_traceback(run: Run, kind: type[errors.DistillError]) -> None:
     code, _, err = run(raises=kind("what went wrong."))
     assert (code, err) == (kind.exit_code, "\nerror: what went wrong.\n")
@@ -250,3 +251,14 @@ def test_a_lone_process_of_accelerate_launch_uses_all_cores(tmp_path: Path) -> N
         environment |= {"OMP_NUM_THREADS": given} if given else {}
         ran = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120, check=True)
         assert f"threads {expected}" in ran.stdout
+
+
+@pytest.mark.parametrize("kind", [*KINDS, Stopped])
+def test_errors_travel_between_processes(kind: type[BaseException]) -> None:
+    error = Stopped("stopped after step 3", 143) if kind is Stopped else kind("what was wrong")
+    arrived = pickle.loads(pickle.dumps(error))
+    assert (type(arrived), str(arrived), arrived.exit_code) == (kind, str(error), error.exit_code)
+
+
+def test_a_stop_is_no_failure_that_could_be_swallowed() -> None:
+    assert not issubclass(Stopped, Exception)

@@ -126,4 +126,6 @@ def test_a_published_folder_can_be_read_by_everybody(tmp_path: Path) -> None:
     modes = {
         path.name: path.stat().st_mode & 0o777 for path in [tmp_path / "shared", *(tmp_path / "shared").rglob("*")]
     }
-    assert modes == {"shared": 0o755, "inner": 0o755, "private": 0o644}
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert modes == {"shared": 0o777 & ~mask, "inner": 0o777 & ~mask, "private": 0o666 & ~mask}

@@ -86,9 +86,8 @@ def test_a_module_imports_only_what_stands_above_it(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(LIFTABLE & set(modules())))
 def test_geometry_and_objectives_can_be_lifted(name: str) -> None:
     allowed = {"torch", "einops", "jaxtyping", "distill"} | sys.stdlib_module_names
-    lazily = {"scipy"} if name == "metrics" else set()
     path, known = modules()[name], set(modules())
-    assert {i.split(".")[0] for i in imports(path, known)} <= allowed | lazily
+    assert {i.split(".")[0] for i in imports(path, known)} <= allowed
     assert {i.split(".")[0] for i in imports(path, known, top_level=True)} <= allowed
 
 

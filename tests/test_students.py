@@ -309,3 +309,17 @@ def test_a_student_is_described_in_one_line(bert: Encoder) -> None:
     line = students.describe(students.static(bert, width=4))
     assert line.startswith("bert-static-4: 0.0M parameters, ")
     assert line.endswith("width 32")
+
+
+def test_the_projection_is_fitted_on_usable_rows_in_their_roles(tiny_model: Callable[..., Path]) -> None:
+    teacher = Encoder.from_pretrained(tiny_model("bert", layers=2))
+    student = students.keep_layers(teacher, 1, projection=True)
+    student.prompts = {"query": "the "}
+    texts = [f"{text} {number}" for number in range(6) for text in TEXTS]
+    vectors = teacher.encode(texts)
+    vectors[9], vectors[19] = float("nan"), 0.0
+    students.fit_projection(student, {"query": texts}, vectors, ridge=1e-3)
+    by_role = student.head[-2].linear.weight.detach().clone()
+    assert by_role.isfinite().all()
+    students.fit_projection(student, texts, vectors, ridge=1e-3)
+    assert not torch.allclose(by_role, student.head[-2].linear.weight)
