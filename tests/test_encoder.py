@@ -532,7 +532,7 @@ def test_bfloat16_is_close(tiny_mpnet: Path) -> None:
     assert torch.cosine_similarity(rough, exact).min() > 0.995
 
 
-def test_encode_leaves_every_part_in_the_mode_it_was_in(bert: Encoder) -> None:
+def test_encode_leaves_every_part_in_the_mode_it_was_in(bert: Encoder, unchecked: None) -> None:
     bert.train()
     bert.backbone.model.embeddings.eval()
     before = [module.training for module in bert.modules()]
