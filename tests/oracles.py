@@ -114,3 +114,31 @@ def cosine_linear(x: Tensor, weight: Tensor, nb_proxy: int, sigma: float, gamma:
             shares = softmax([gamma * score for score in scores])
             logits[i, c] = sigma * sum(share * score for share, score in zip(shares, scores, strict=True))
     return logits
+
+
+def _lists(student: Tensor, teacher: Tensor) -> list[tuple[list[float], list[float]]]:
+    """Student and teacher scores of each query, without the padding: where the teacher's score is -inf."""
+    rows = zip(student.double().tolist(), teacher.double().tolist(), strict=True)
+    present = [[(x, y) for x, y in zip(s, t, strict=True) if y > -math.inf] for s, t in rows]
+    return [([x for x, _ in pairs], [y for _, y in pairs]) for pairs in present]
+
+
+def score_kl(
+    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, teacher_temperature: float | None = None
+) -> float:
+    return mean(
+        [
+            kl([y / (teacher_temperature or temperature) for y in t], [x / temperature for x in s])
+            for s, t in _lists(student, teacher)
+        ]
+    )
+
+
+def margin_mse(student: Tensor, teacher: Tensor) -> float:
+    kept = [i for i in range(len(teacher)) if teacher[i, 0] > -math.inf]
+    errors = [
+        (s[0] - x - (t[0] - y)) ** 2
+        for s, t in _lists(student[kept], teacher[kept])
+        for x, y in zip(s[1:], t[1:], strict=True)
+    ]
+    return mean(errors) if errors else 0.0

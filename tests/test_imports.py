@@ -18,6 +18,7 @@ ORDER = [
     "losses.pointwise",
     "losses.cross",
     "losses.relational",
+    "losses.scores",
     "losses.combine",
     "losses",
     "heads",

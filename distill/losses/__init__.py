@@ -8,6 +8,7 @@ from distill.losses.combine import Schedule, WeightedSum, constant, linear_decay
 from distill.losses.cross import CrossContrastive, CrossKL, cross_contrastive, cross_kl
 from distill.losses.pointwise import CosineDistance, EmbeddingMSE, cosine_distance, embedding_mse
 from distill.losses.relational import GramKL, GramMSE, gram_kl, gram_mse
+from distill.losses.scores import MarginMSE, ScoreKL, margin_mse, score_kl
 
 __all__ = [
     "CosineDistance",
@@ -16,7 +17,9 @@ __all__ = [
     "EmbeddingMSE",
     "GramKL",
     "GramMSE",
+    "MarginMSE",
     "Schedule",
+    "ScoreKL",
     "WeightedSum",
     "constant",
     "cosine_distance",
@@ -26,4 +29,6 @@ __all__ = [
     "gram_kl",
     "gram_mse",
     "linear_decay",
+    "margin_mse",
+    "score_kl",
 ]
