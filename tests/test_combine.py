@@ -1,10 +1,13 @@
-"""Sums of losses against their terms."""
+"""Sums of losses against their terms, and one loss at several widths."""
 
+import oracles
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from distill import losses
-from distill.losses import WeightedSum, constant, cross_kl, linear_decay
+from distill.losses import Matryoshka, WeightedSum, constant, cross_kl, linear_decay
 
 
 def terms() -> dict[str, torch.nn.Module]:
@@ -69,3 +72,115 @@ def test_progress_is_a_fraction() -> None:
         WeightedSum(terms()).set_progress(3.0)
     with pytest.raises(ValueError, match="until=0"):
         linear_decay(1.0, until=0.0)
+
+
+def rows(width: int = 8, count: int = 5) -> Tensor:
+    return torch.randn(count, width, dtype=torch.float64)
+
+
+def test_matryoshka_is_the_loss_of_the_cut_rows_bank_and_keys_at_each_width() -> None:
+    student, teacher, bank = rows(), rows(), rows()
+    keys, bank_keys = torch.arange(5), torch.arange(3, 8)
+    nested = Matryoshka(losses.CrossKL(temperature=0.1), (2, 4, 8), (1.0, 0.5, 2.0))
+    value = nested(student, teacher, bank, keys=keys, bank_keys=bank_keys)
+    expected = {
+        w: oracles.cross_kl(
+            student[:, :w], teacher[:, :w], bank[:, :w], keys=keys, bank_keys=bank_keys, temperature=0.1
+        )
+        for w in (2, 4, 8)
+    }
+    assert float(value) == pytest.approx(expected[2] + 0.5 * expected[4] + 2 * expected[8])
+    assert {name: float(part) for name, part in nested.parts().items()} == pytest.approx(
+        {str(w): value for w, value in expected.items()}
+    )
+
+
+def test_the_full_width_alone_is_the_loss_and_falling_widths_are_rising_ones() -> None:
+    student, teacher = rows(), rows()
+    torch.testing.assert_close(
+        Matryoshka(losses.CosineDistance(), [8])(student, teacher), losses.cosine_distance(student, teacher)
+    )
+    falling, rising = (Matryoshka(losses.EmbeddingMSE(), widths)(student, teacher) for widths in [(8, 4), (4, 8)])
+    torch.testing.assert_close(falling, rising)
+
+
+def test_cut_rows_are_normalised_again_on_both_sides() -> None:
+    student, teacher = rows(), rows()
+    value = Matryoshka(losses.EmbeddingMSE(), [4])(student, teacher)
+    beyond = torch.rand(5, 8, dtype=torch.float64).index_fill(1, torch.arange(4), 0.0)
+    torch.testing.assert_close(Matryoshka(losses.EmbeddingMSE(), [4])(student + beyond, teacher + 3 * beyond), value)
+
+    def cut_of_unit_rows(student: Tensor, teacher: Tensor) -> Tensor:
+        return (F.normalize(student)[:, :4] - F.normalize(teacher)[:, :4]).square().sum(-1).mean()
+
+    def cut_teacher_not_renormalised(student: Tensor, teacher: Tensor) -> Tensor:
+        return (F.normalize(student[:, :4]) - F.normalize(teacher)[:, :4]).square().sum(-1).mean()
+
+    for wrong in (cut_of_unit_rows, cut_teacher_not_renormalised):
+        assert not torch.allclose(wrong(student, teacher), value, rtol=0.05)
+        assert not torch.allclose(wrong(student + beyond, teacher + 3 * beyond), wrong(student, teacher), rtol=0.05)
+
+
+def test_the_gradient_of_entries_beyond_a_width_comes_from_wider_ones() -> None:
+    student, teacher = rows().requires_grad_(), rows()
+    Matryoshka(losses.CosineDistance(), [4])(student, teacher).backward()
+    assert student.grad is not None
+    assert student.grad[:, :4].all()
+    assert not student.grad[:, 4:].any()
+    Matryoshka(losses.CosineDistance(), [4, 8])(student, teacher).backward()
+    assert student.grad[:, 4:].all()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_teacher_of_another_width_stays_whole_where_the_loss_allows_it() -> None:
+    student, teacher = rows(8), rows(11)
+    value = Matryoshka(losses.GramKL(), [4, 8])(student, teacher)
+    assert float(value) == pytest.approx(
+        oracles.gram_kl(student[:, :4], teacher) + oracles.gram_kl(student, teacher), rel=1e-6
+    )
+    with pytest.raises(ValueError, match=r"cross_kl compares vectors of one width"):
+        Matryoshka(losses.CrossKL(), [4, 8])(student, teacher)
+
+
+def test_bank_and_progress_reach_what_is_inside() -> None:
+    assert Matryoshka(losses.CrossKL(), [4]).uses_bank
+    assert not Matryoshka(losses.GramMSE(), [4]).uses_bank
+    inner = WeightedSum(terms(), {"near": linear_decay(1.0), "far": 1.0})
+    outer = WeightedSum({"nested": Matryoshka(inner, [4, 8])})
+    outer.set_progress(0.5)
+    assert inner.progress == 0.5
+    assert outer.uses_bank
+    Matryoshka(losses.GramMSE(), [4]).set_progress(0.5)
+    ignored = Matryoshka(losses.GramMSE(), [4])(rows(), rows(), rows(), keys=torch.arange(5))
+    assert ignored.isfinite()
+
+
+def test_what_matryoshka_says_of_itself() -> None:
+    nested = Matryoshka(losses.CrossKL(temperature=0.1), [4, 8], [1.0, 0.5])
+    again = Matryoshka(losses.CrossKL(temperature=0.1), [4, 8], [1.0, 0.5])
+    assert nested.parts() == {}
+    said = repr(nested)
+    nested(rows(), rows())
+    assert repr(nested) == said == repr(again)
+    assert "widths=(4, 8), weights=(1.0, 0.5)" in said
+    assert "CrossKL(temperature=0.1" in said
+    assert repr(Matryoshka(losses.CrossKL(temperature=0.1), [4, 8])) != said
+    nested(rows().requires_grad_(), rows())
+    assert all(not part.requires_grad for part in nested.parts().values())
+
+
+@pytest.mark.parametrize("widths", [[], [4, 4], [4, 8, 2], [0, 4], [-1]])
+def test_widths_rise_or_fall_from_one(widths: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"widths from 1 that rise, or fall"):
+        Matryoshka(losses.CosineDistance(), widths)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, float("nan")], [-1.0, 1.0]])
+def test_every_width_has_a_weight_above_zero(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"weight above 0 for each of its widths \(4, 8\)"):
+        Matryoshka(losses.CosineDistance(), [4, 8], weights)
+
+
+def test_a_width_above_the_students_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"widths \(4, 16\) and got student \(5, 8\): none can be above 8"):
+        Matryoshka(losses.CosineDistance(), [4, 16])(rows(), rows())

@@ -4,7 +4,7 @@ The student comes first, the teacher is detached inside, rows need not be unit l
 vectors for the columns of a cross loss.
 """
 
-from distill.losses.combine import Schedule, WeightedSum, constant, linear_decay
+from distill.losses.combine import Matryoshka, Schedule, WeightedSum, constant, linear_decay
 from distill.losses.cross import CrossContrastive, CrossKL, cross_contrastive, cross_kl
 from distill.losses.pointwise import CosineDistance, EmbeddingMSE, cosine_distance, embedding_mse
 from distill.losses.relational import GramKL, GramMSE, gram_kl, gram_mse
@@ -18,6 +18,7 @@ __all__ = [
     "GramKL",
     "GramMSE",
     "MarginMSE",
+    "Matryoshka",
     "Schedule",
     "ScoreKL",
     "WeightedSum",

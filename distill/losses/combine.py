@@ -1,7 +1,7 @@
-"""Sums of losses whose weights may follow the run's progress."""
+"""Sums of losses whose weights may follow the run's progress, and one loss at several widths."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ class WeightedSum(nn.Module):
             raise ValueError(f"WeightedSum takes the progress of a run, from 0 to 1, got {progress}.")
         self.progress = progress
         for term in self.terms.values():
-            if isinstance(term, WeightedSum):
-                term.set_progress(progress)
+            _set_progress(term, progress)
 
     def weights(self) -> dict[str, float]:
         """The weights at this progress."""
@@ -87,5 +86,76 @@ class WeightedSum(nn.Module):
         return ", ".join(f"{name}={weight:g}" for name, weight in self.weights().items())
 
 
-def _uses_bank(term: nn.Module) -> bool:
-    return bool(getattr(term, "uses_bank", False))
+class Matryoshka(nn.Module):
+    """The same loss at nested widths: a vector's first entries are to be a vector of their own.
+
+    Equals the sum over widths w of weight * loss(student[:, :w], teacher[:, :w], bank[:, :w]); without `weights` every
+    width counts 1. The loss must normalise inside, as all of distill's do: the cut rows then have length 1 on both sides.
+    A teacher of another width than the student's stays whole, for losses that allow it (relational ones).
+    Costs the loss once a width. Kusupati et al. 2022.
+    """
+
+    uses_bank: bool
+
+    def __init__(self, loss: nn.Module, widths: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.loss, self.widths = loss, tuple(widths)
+        self.weights = (1.0,) * len(self.widths) if weights is None else tuple(weights)
+        self._check()
+        self.uses_bank = _uses_bank(loss)
+        self._parts: dict[str, Tensor] = {}
+
+    def _check(self) -> None:
+        rising = sorted(set(self.widths))
+        if self.widths not in (tuple(rising), tuple(rising[::-1])) or not rising or rising[0] < 1:
+            raise ValueError(
+                f"Matryoshka takes widths from 1 that rise, or fall, each once; got {self.widths}. Try (64, 128, 256)."
+            )
+        if len(self.weights) != len(self.widths) or not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(
+                f"Matryoshka needs a weight above 0 for each of its widths {self.widths}, got {self.weights}. "
+                "Leave out a width that is not to count."
+            )
+
+    def set_progress(self, progress: float) -> None:
+        _set_progress(self.loss, progress)
+
+    def forward(
+        self,
+        student: Float[Tensor, "b d"],
+        teacher: Float[Tensor, "b e"],
+        bank: Float[Tensor, "n e"] | None = None,
+        *,
+        keys: Int[Tensor, "b"] | None = None,
+        bank_keys: Int[Tensor, "n"] | None = None,
+    ) -> Float[Tensor, ""]:
+        full = student.shape[-1]
+        if max(self.widths) > full:
+            raise ValueError(
+                f"Matryoshka has widths {self.widths} and got student {tuple(student.shape)}: none can be above "
+                f"{full}. Leave the larger ones out, or widen the student."
+            )
+        values = []
+        for width in self.widths:
+            cut = width if teacher.shape[-1] == full else teacher.shape[-1]
+            columns = {"bank": None if bank is None else bank[:, :cut], "keys": keys, "bank_keys": bank_keys}
+            values.append(self.loss(student[:, :width], teacher[:, :cut], **(columns if self.uses_bank else {})))
+        self._parts = {str(width): value.detach() for width, value in zip(self.widths, values, strict=True)}
+        return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
+
+    def parts(self) -> dict[str, Tensor]:
+        """The unweighted value at each width of the last forward, by its width, on its device."""
+        return dict(self._parts)
+
+    def extra_repr(self) -> str:
+        return f"widths={self.widths}, weights={self.weights}"
+
+
+def _uses_bank(loss: nn.Module) -> bool:
+    return bool(getattr(loss, "uses_bank", False))
+
+
+def _set_progress(loss: nn.Module, progress: float) -> None:
+    setter = getattr(loss, "set_progress", None)
+    if setter is not None:
+        setter(progress)
