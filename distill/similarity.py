@@ -44,11 +44,22 @@ def normalize(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     Equals `x / x.norm(dim=-1, keepdim=True)`. Rows are first divided by their largest entry, so that the squares of
     very small or very large rows neither vanish nor overflow; F.normalize in fp16 clamps its norm at 1e-12, which is 0.
     """
+    scaled, _, is_zero = _by_largest(x)
+    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).masked_fill(is_zero, 1.0)
+
+
+def row_lengths(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows 1"]:
+    """What `normalize` divides each row by: 0 for a row that it takes for zero."""
+    scaled, largest, is_zero = _by_largest(x)
+    return (largest * torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)).masked_fill(is_zero, 0.0)
+
+
+def _by_largest(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows over their largest entry, that entry, and whether the row is zero."""
     wide = x if x.dtype == torch.float64 else x.float()
     largest = wide.detach().abs().amax(-1, keepdim=True)
     is_zero = largest < torch.finfo(wide.dtype).tiny
-    scaled = (wide / largest.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
-    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).masked_fill(is_zero, 1.0)
+    return (wide / largest.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0), largest, is_zero
 
 
 @torch.no_grad()

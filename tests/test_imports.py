@@ -15,6 +15,10 @@ ORDER = [
     "errors",
     "files",
     "similarity",
+    "streaming.engine",
+    "streaming.columns",
+    "streaming.contrastive",
+    "streaming",
     "losses.pointwise",
     "losses.cross",
     "losses.relational",
@@ -48,7 +52,7 @@ ORDER = [
     "config",
     "cli",
 ]
-LIFTABLE = {name for name in ORDER if name.startswith("losses")} | {"similarity", "heads", "metrics"}
+LIFTABLE = {name for name in ORDER if name.startswith(("losses", "streaming"))} | {"similarity", "heads", "metrics"}
 
 
 def modules() -> dict[str, Path]:

@@ -1,0 +1,66 @@
+"""The columns of a student x teacher matrix: the teacher rows of everyone's batch, then the bank, tile by tile.
+
+Column i is the twin of row i of the global batch. Keys (int64) name texts; columns without a key are other texts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from distill.streaming.engine import Share, UnitRows
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some neighbouring columns."""
+
+    start: int
+    rows: Float[Tensor, "n d"]
+    keys: Int[Tensor, " n"] | None
+
+    @property
+    def place(self) -> slice:
+        """Where these columns stand among all."""
+        return slice(self.start, self.start + len(self.rows))
+
+
+class Columns:
+    def __init__(
+        self,
+        share: Share,
+        teacher: Float[Tensor, "b d"],
+        bank: Float[Tensor, "n d"] | None,
+        keys: Int[Tensor, " b"] | None,
+        bank_keys: Int[Tensor, " n"] | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.share, self.keys = share, keys
+        self._pieces = [(0, UnitRows(share.everyone(teacher), dtype), None if keys is None else share.everyone(keys))]
+        if bank is not None and len(bank):
+            self._pieces.append((share.total, UnitRows(bank, dtype), bank_keys))
+        self.count = share.total + (0 if bank is None else len(bank))
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """All columns in order; a tile is of the batch or of the bank, never of both."""
+        for first, rows, keys in self._pieces:
+            for start, stop in rows.tiles(size):
+                yield Tile(first + start, rows.tile(start, stop), None if keys is None else keys[start:stop])
+
+    def left_out(self, rows: slice, tile: Tile) -> Bool[Tensor, "b n"] | None:
+        """Which columns of the tile carry the key of each row; None where there are no keys."""
+        if self.keys is None or tile.keys is None:
+            return None
+        return rearrange(self.keys[rows], "b -> b 1") == rearrange(tile.keys, "n -> 1 n")
+
+    def leave_out(self, matrix: Float[Tensor, "b n"], rows: slice, tile: Tile) -> None:
+        """Put -inf, in place, where a column is the twin of a row or another column of its text."""
+        same_text = self.left_out(rows, tile)
+        if same_text is not None:
+            matrix.masked_fill_(same_text, -torch.inf)
+        offset = self.share.start + rows.start - tile.start  # of the row's twin among the tile's columns
+        if -len(matrix) < offset < matrix.shape[1]:
+            matrix.diagonal(offset).fill_(-torch.inf)

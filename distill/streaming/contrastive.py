@@ -1,0 +1,222 @@
+"""InfoNCE over the student x teacher matrix, one tile at a time.
+
+With E_ij = exp(l_ij - shift) over the negatives of row i and Z_i their sum, the loss of a row is log(1 + Z_i / E_ii), and
+its gradient (sum_j E_ij b_j - Z_i t_i) / (E_ii + Z_i) / temperature. The positive stays out of both sums: p - 1 in float32
+loses its digits once the loss is small. "Excess" below is log Z_i - l_ii: the loss is softplus(excess).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distill.streaming import engine
+from distill.streaming.columns import Columns, Tile
+from distill.streaming.engine import Buffer, Share, UnitRows, operator, share_of, tiles, working_dtype
+
+# Where all logits lie in a range of 156, which is so for temperatures from .0129 up, one shift serves every row: exp of
+# the logits and their sums over a million columns are normal float32 numbers. Below, each row has its running maximum.
+WIDEST_RANGE, HEADROOM = 156.0, 70.0
+
+
+@operator
+def cross_contrastive(
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor | None,
+    keys: Tensor | None,
+    bank_keys: Tensor | None,
+    temperature: float,
+    false_negative_margin: float | None,
+    shared: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each student row finds its twin among all columns. 2 products of (b, n, d); 1 without gradient, one more with a margin."""
+    share = share_of(student, shared)
+    matrix = _Matrix(share, student, teacher, bank, keys, bank_keys, temperature, false_negative_margin)
+    sums = _Sums(matrix.positives, temperature)
+    gradient = matrix.new_gradient(with_gradient)
+    for tile in matrix.columns.tiles():
+        for rows in matrix.row_tiles():
+            powers = matrix.logits(rows, tile)
+            shrink = sums.add(rows, powers)
+            if with_gradient:
+                if shrink is not None:
+                    gradient[rows] *= shrink
+                gradient[rows].addmm_(powers, tile.rows)
+    excess = sums.excess()
+    value = matrix.mean(softplus(excess))
+    if with_gradient:
+        gradient *= (sums.shift - sums.positives - softplus(excess)).exp()
+        matrix.finish(gradient, excess.sigmoid())
+    return value, gradient
+
+
+@operator
+def cross_contrastive_both_ways(
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor | None,
+    keys: Tensor | None,
+    bank_keys: Tensor | None,
+    temperature: float,
+    false_negative_margin: float | None,
+    shared: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The mean of the above and its mirror: each teacher row of the batch finds its student among all student rows.
+
+    3 products of (b, n, d): the sums of whole columns are known only after the first.
+    """
+    share = share_of(student, shared)
+    matrix = _Matrix(share, student, teacher, bank, keys, bank_keys, temperature, false_negative_margin)
+    rows, columns = _both_excesses(matrix)
+    own = columns[share.start : share.start + len(student)]
+    value = matrix.mean(softplus(rows) + softplus(own)) / 2
+    gradient = matrix.new_gradient(with_gradient)
+    if with_gradient:
+        _add_both_directions(
+            matrix, gradient, softplus(rows) + matrix.positives, softplus(columns) + matrix.all_positives
+        )
+        matrix.finish(gradient.div_(2), (rows.sigmoid() + own.sigmoid()) / 2)
+    return value, gradient
+
+
+def _both_excesses(matrix: "_Matrix") -> tuple[Float[Tensor, "b 1"], Float[Tensor, "g 1"]]:
+    """Of the own rows over all columns, and of all batch columns over everyone's rows."""
+    rows, columns = _Sums(matrix.positives, matrix.temperature), _Sums(matrix.all_positives, matrix.temperature)
+    copy = matrix.new_buffer()
+    for tile in matrix.columns.tiles():
+        for part in matrix.row_tiles():
+            logits = matrix.logits(part, tile)
+            if matrix.asks(tile):
+                columns.add(tile.place, copy(*logits.shape).copy_(logits).T)
+            rows.add(part, logits)
+    columns.over_processes(matrix.share)
+    return rows.excess(), columns.excess()
+
+
+def _add_both_directions(
+    matrix: "_Matrix", gradient: Float[Tensor, "b d"], row_sums: Float[Tensor, "b 1"], column_sums: Float[Tensor, "g 1"]
+) -> None:
+    """The softmax over each row and over each batch column, times the columns; the sums are their log-sum-exps."""
+    copy = matrix.new_buffer()
+    for tile in matrix.columns.tiles():
+        for part in matrix.row_tiles():
+            logits = matrix.logits(part, tile)
+            mirrored = copy(*logits.shape)
+            if matrix.asks(tile):
+                torch.sub(logits, column_sums[tile.place].T, out=mirrored).exp_()
+            logits.sub_(row_sums[part]).exp_()
+            if matrix.asks(tile):
+                logits += mirrored
+            gradient[part].addmm_(logits, tile.rows)
+
+
+class _Matrix:
+    """The logits of one process's rows: cosines to all columns over the temperature, the twin and equal texts left out."""
+
+    def __init__(
+        self,
+        share: Share,
+        student: Tensor,
+        teacher: Tensor,
+        bank: Tensor | None,
+        keys: Tensor | None,
+        bank_keys: Tensor | None,
+        temperature: float,
+        false_negative_margin: float | None,
+    ) -> None:
+        dtype = working_dtype(student)
+        self.share, self.temperature, self.margin = share, temperature, false_negative_margin
+        self.student, self.teacher = UnitRows(student, dtype), UnitRows(teacher, dtype)
+        self.columns = Columns(share, teacher, bank, keys, bank_keys, dtype)
+        self.positives = self._positives()
+        self.all_positives = share.everyone(self.positives)
+        self._buffer, self._teacher_buffer = self.new_buffer(), self.new_buffer() if self.margin else None
+
+    def row_tiles(self) -> Iterator[slice]:
+        return (slice(*bounds) for bounds in self.student.tiles())
+
+    def new_buffer(self) -> Buffer:
+        elements = min(engine.TILE, len(self.student)) * min(engine.TILE, self.columns.count)
+        return Buffer(elements, self.student.raw, self.student.dtype)
+
+    def new_gradient(self, wanted: bool) -> Float[Tensor, "b d"]:
+        rows, width = self.student.raw.shape
+        return self.student.raw.new_zeros((rows if wanted else 0, width), dtype=self.student.dtype)
+
+    def asks(self, tile: Tile) -> bool:
+        """Whether the tile's columns look for their students; those of the bank have none."""
+        return tile.start < self.share.total
+
+    def logits(self, rows: slice, tile: Tile) -> Float[Tensor, "t n"]:
+        """-inf where a column is no negative of a row. In a buffer that the next call overwrites."""
+        student = self.student.tile(rows.start, rows.stop)
+        logits = self._buffer(len(student), len(tile.rows))
+        torch.addmm(logits, student, tile.rows.T, beta=0, alpha=1 / self.temperature, out=logits)
+        self.columns.leave_out(logits, rows, tile)
+        if self.margin and self._teacher_buffer:
+            cosines = self._teacher_buffer(*logits.shape)
+            torch.mm(self.teacher.tile(rows.start, rows.stop), tile.rows.T, out=cosines)
+            logits.masked_fill_(cosines > 1 - self.margin, -torch.inf)
+        return logits
+
+    def mean(self, values: Float[Tensor, "b 1"]) -> Float[Tensor, ""]:
+        """Over the rows of all processes."""
+        return self.share.sum(values.sum()) / self.share.total
+
+    def finish(self, gradient: Float[Tensor, "b d"], share_of_negatives: Float[Tensor, "b 1"]) -> None:
+        """Subtract the positives, and go from the sum over unit rows to the mean over raw rows, in place."""
+        for rows in self.row_tiles():
+            gradient[rows].addcmul_(share_of_negatives[rows], self.teacher.tile(rows.start, rows.stop), value=-1)
+        gradient /= self.temperature * self.share.total
+        self.student.through_norms(gradient)
+
+    def _positives(self) -> Float[Tensor, "b 1"]:
+        parts = [
+            (self.student.tile(start, stop) * self.teacher.tile(start, stop)).sum(-1, keepdim=True)
+            for start, stop in tiles(len(self.student))
+        ]
+        empty = self.student.raw.new_empty((0, 1), dtype=self.student.dtype)
+        return torch.cat([empty, *parts]) / self.temperature
+
+
+class _Sums:
+    """Z of rows (or columns): the sum of exp(logit - shift) over what is added."""
+
+    def __init__(self, positives: Float[Tensor, "b 1"], temperature: float) -> None:
+        self.positives = positives
+        self.fixed = 2 / temperature <= WIDEST_RANGE
+        self.shift = torch.full_like(positives, 1 / temperature - HEADROOM) if self.fixed else positives.clone()
+        self.total = torch.zeros_like(positives)
+
+    def add(self, rows: slice, logits: Float[Tensor, "t n"]) -> Float[Tensor, "t 1"] | None:
+        """Turn logits into exp(logit - shift), in place, and add them; returns the factor of what was added before, if not 1."""
+        shift, total = self.shift[rows], self.total[rows]
+        shrink = None
+        if not self.fixed:
+            highest = torch.maximum(shift, logits.amax(-1, keepdim=True))
+            if highest.is_cuda or not torch.equal(highest, shift):
+                shrink = (shift - highest).exp()
+                total *= shrink
+                shift.copy_(highest)
+        total += logits.sub_(shift).exp_().sum(-1, keepdim=True)
+        return shrink
+
+    def over_processes(self, share: Share) -> None:
+        """The sums over everyone's rows."""
+        if not self.fixed:
+            own, self.shift = self.shift, share.max(self.shift.clone())
+            self.total *= (own - self.shift).exp()
+        share.sum(self.total)
+
+    def excess(self) -> Float[Tensor, "b 1"]:
+        """log Z - positive; -inf where there is no negative."""
+        return self.total.log() + self.shift - self.positives
+
+
+def softplus(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """log(1 + exp(x)), exact at both ends; F.softplus goes over to x at a threshold."""
+    return torch.logaddexp(x, torch.zeros_like(x))
