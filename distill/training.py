@@ -7,8 +7,8 @@ number of processes. Every loss is the loss of the global batch (`distributed.gl
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from distill import checkpoint, distributed, files, sampling
+from distill import checkpoint, distributed, files, runlog, sampling
 from distill.encoder import Encoder
-from distill.errors import IntegrityError, NumericsError, RecipeError, ResourceError, Stopped
+from distill.errors import IntegrityError, NumericsError, RecipeError, Stopped
 from distill.examples import Examples
 from distill.heads import parameter_groups
 from distill.stopping import stop_signals
@@ -154,10 +154,11 @@ class _Loop:
     def _run(self) -> Run:
         first, last = self._resume()
         began, texts = time.monotonic(), 0
-        distributed.main_first(partial(self._cut_log, first))
+        distributed.main_first(partial(runlog.cut, self.output, first))
         self.student.train(self.config.dropout)
         every = self.config.save_every or max(1, self.steps // 10)
-        with stop_signals() as stop, self._log() as log, _bar(first, self.steps) as bar:
+        log_to = runlog.opened(self.output, self.accelerator, asdict(self.config))
+        with stop_signals() as stop, log_to as log, _bar(first, self.steps) as bar:
             for step in range(first, self.steps):
                 last = self._step(step)
                 texts += last["texts"]
@@ -294,41 +295,6 @@ class _Loop:
         folder, state = self.output / "checkpoints", {"identity": self.identity, "last": last}
         checkpoint.save(folder, step, self.student, self.adamw, state, keep=self.config.keep_checkpoints)
 
-    def _cut_log(self, first: int) -> None:
-        """metrics.jsonl up to the step that is resumed; empty for a new run."""
-        path = self.output / "metrics.jsonl"
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines() if first and path.exists() else []
-            kept = [line for line in lines if _logged_step(line) <= first]
-            with files.published_file(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        except OSError as error:
-            raise ResourceError(f"{path} cannot be written: {error}. Name another --output.") from error
-
-    @contextmanager
-    def _log(self) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """metrics.jsonl on the main process, and the trackers."""
-        if self.config.trackers:
-            flat = {name: value for name, value in asdict(self.config).items() if isinstance(value, int | float | str)}
-            self.accelerator.init_trackers("distill", config=flat)
-        file = (self.output / "metrics.jsonl").open("a", encoding="utf-8") if distributed.is_main() else None
-
-        def log(entry: dict[str, Any]) -> None:
-            if file:
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-            if self.config.trackers:
-                numbers = {name: value for name, value in entry.items() if name != "step"}
-                self.accelerator.log(numbers, step=entry["step"])
-
-        try:
-            yield log
-        finally:
-            if file:
-                file.close()
-            for tracker in self.accelerator.trackers:  # end_training() would leave the process group too
-                tracker.finish()
-
     def _stopped(self, step: int, signals: list[list[int]]) -> Stopped:
         number = next(number for numbers in signals for number in numbers)
         return Stopped(
@@ -380,13 +346,6 @@ def _describe(loss: Loss) -> str:
     if isinstance(loss, partial):
         return f"{_describe(loss.func)} {loss.args} {sorted(loss.keywords.items())}"
     return repr(loss) if isinstance(loss, nn.Module) else getattr(loss, "__qualname__", type(loss).__name__)
-
-
-def _logged_step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def _bar(first: int, total: int) -> tqdm:

@@ -44,6 +44,7 @@ ORDER = [
     "checkpoint",
     "sampling",
     "stopping",
+    "runlog",
     "training",
     "evaluation",
     "export",
