@@ -9,6 +9,7 @@ from distill.losses.cross import CrossContrastive, CrossKL, cross_contrastive, c
 from distill.losses.pointwise import CosineDistance, EmbeddingMSE, cosine_distance, embedding_mse
 from distill.losses.relational import GramKL, GramMSE, gram_kl, gram_mse
 from distill.losses.scores import MarginMSE, ScoreKL, margin_mse, score_kl
+from distill.losses.temperature import calibrate_temperature
 
 __all__ = [
     "CosineDistance",
@@ -22,6 +23,7 @@ __all__ = [
     "Schedule",
     "ScoreKL",
     "WeightedSum",
+    "calibrate_temperature",
     "constant",
     "cosine_distance",
     "cross_contrastive",
