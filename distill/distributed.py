@@ -1,8 +1,9 @@
 """Several processes, one answer: N processes give the loss and the gradient that one process gives on the global batch.
 
-DDP averages gradients over processes. Each process therefore computes the loss of the whole global batch, with its own
-rows live and everybody else's as constants: the gradient of its own rows is then exact for every loss, also for those
-that compare student with student, no collective runs backward, and a factor of the process count undoes DDP's mean.
+DDP averages gradients over processes. Each process therefore computes the exact gradient of the global loss by its own
+rows, times the number of processes. distill's losses do that from their share of the rows (`engine.sharing`), at one
+N-th of the work; for any other loss each process computes the whole, with its own rows live and everybody else's as
+constants. No collective runs backward either way.
 """
 
 import os
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from distill.errors import ResourceError, Stopped
+from distill.streaming import engine
 
 
 def device() -> torch.device:
@@ -108,15 +110,9 @@ def gather_rows(rows: Shaped[Tensor, "b *d"], sizes: Sequence[int] | None = None
 
     Sizes may differ; if they are not given they are gathered first.
     """
-    rows = rows.detach()
     if world_size() == 1:
-        return rows
-    sizes = _sizes(rows) if sizes is None else sizes
-    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return rows.detach()
+    return engine.gather_rows(rows, _sizes(rows) if sizes is None else sizes)
 
 
 def global_loss(
@@ -131,17 +127,25 @@ def global_loss(
     """The loss of the global batch; after DDP's averaging its gradient is the single-process one. Sizes may differ per process.
 
     `bank` and `bank_keys` must be the same on every process. They, and `keys`, go to losses that have `uses_bank`.
-    Cost: an all-gather of both sides forward, nothing backward, and the loss of all rows on every process.
+    A loss that has `runs_on_shares`, as distill's have, does its share of the work and exchanges what its family needs:
+    teacher rows (cross), d x d moments or student rows (relational). Any other costs an all-gather of both sides and the
+    loss of all rows on every process.
     """
-    sizes = [len(student)] if world_size() == 1 else _sizes(student)
     columns: dict[str, Tensor | None] = {}
     if getattr(loss, "uses_bank", False):
-        columns = {"bank": bank, "keys": None if keys is None else gather_rows(keys, sizes), "bank_keys": bank_keys}
+        columns = {"bank": bank, "keys": keys, "bank_keys": bank_keys}
     if world_size() == 1:
         return loss(student, teacher, **columns)
-    everyone = list(gather_rows(student, sizes).split(sizes))
-    everyone[rank()] = student
-    value = loss(torch.cat(everyone), gather_rows(teacher, sizes), **columns)
+    sizes = _sizes(student)
+    if getattr(loss, "runs_on_shares", False):
+        with engine.sharing(engine.Share(sizes, rank())):
+            value = loss(student, teacher, **columns)
+    else:
+        if keys is not None and "keys" in columns:
+            columns["keys"] = gather_rows(keys, sizes)
+        everyone = list(gather_rows(student, sizes).split(sizes))
+        everyone[rank()] = student
+        value = loss(torch.cat(everyone), gather_rows(teacher, sizes), **columns)
     return value.detach() + world_size() * (value - value.detach())
 
 

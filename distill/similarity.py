@@ -129,10 +129,10 @@ def check_pairs(caller: str, student: Tensor, teacher: Tensor) -> None:
     """Two matrices with as many rows: (b, d) beside (1, d) would broadcast silently."""
     _check_matrix(caller, student, "student")
     _check_matrix(caller, teacher, "teacher")
-    if len(student) != len(teacher) or not len(student):
+    if len(student) != len(teacher):
         raise ValueError(
             f"{caller} pairs row i of the student with row i of the teacher, got student {tuple(student.shape)} and "
-            f"teacher {tuple(teacher.shape)}. Give both the same texts, at least one, in the same order."
+            f"teacher {tuple(teacher.shape)}. Give both the same texts, in the same order."
         )
 
 

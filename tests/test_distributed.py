@@ -25,11 +25,14 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "CrossContrastive, symmetric": lambda: losses.CrossContrastive(temperature=0.1, symmetric=True),
     "GramMSE": losses.GramMSE,
     "GramKL": lambda: losses.GramKL(temperature=0.1),
+    "ScoreKL": losses.ScoreKL,
+    "MarginMSE": losses.MarginMSE,
+    "Matryoshka": lambda: losses.Matryoshka(losses.CrossKL(temperature=0.1), (3, WIDTH)),
     "WeightedSum": lambda: WeightedSum(
         {"cross": losses.CrossKL(temperature=0.1), "gram": losses.GramMSE()}, {"cross": 1.0, "gram": 0.3}
     ),
 }
-SIZES = {1: [[8]], 2: [[4, 4], [6, 2], [8, 0], [0, 8]], 3: [[3, 3, 2], [4, 4, 0], [1, 7, 0]]}
+SIZES = {1: [[8]], 2: [[4, 4], [6, 2], [8, 0], [0, 8]], 3: [[3, 3, 2], [4, 4, 0], [1, 7, 0]], 4: [[2, 2, 2, 2], [1, 0, 5, 2]]}
 WIDTH, ROWS, BANK = 6, 8, 5
 
 
@@ -176,7 +179,7 @@ def everything(sizes: list[list[int]]) -> dict[str, Any]:
     return {"errors": worst_errors(sizes), "collectives": collectives()}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, 3, 4])
 def spawned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     world = request.param
     return processes.run(everything, world, tmp_path_factory.mktemp("distributed"), sizes=SIZES[world])

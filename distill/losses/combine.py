@@ -28,6 +28,7 @@ class WeightedSum(nn.Module):
 
     progress: float
     uses_bank: bool
+    runs_on_shares: bool
 
     def __init__(self, terms: Mapping[str, nn.Module], weights: Mapping[str, float | Schedule] | None = None) -> None:
         super().__init__()
@@ -37,6 +38,7 @@ class WeightedSum(nn.Module):
         self.terms = nn.ModuleDict(terms)
         self.schedules = {name: w if callable(w) else constant(w) for name, w in weights.items()}
         self.uses_bank = any(_uses_bank(term) for term in terms.values())
+        self.runs_on_shares = all(_runs_on_shares(term) for term in terms.values())
         self._parts: dict[str, Tensor] = {}
         for percent in range(101):  # a sum that vanishes mid-run is found before the run
             self.set_progress(percent / 100)
@@ -96,13 +98,14 @@ class Matryoshka(nn.Module):
     """
 
     uses_bank: bool
+    runs_on_shares: bool
 
     def __init__(self, loss: nn.Module, widths: Sequence[int], weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.loss, self.widths = loss, tuple(widths)
         self.weights = (1.0,) * len(self.widths) if weights is None else tuple(weights)
         self._check()
-        self.uses_bank = _uses_bank(loss)
+        self.uses_bank, self.runs_on_shares = _uses_bank(loss), _runs_on_shares(loss)
         self._parts: dict[str, Tensor] = {}
 
     def _check(self) -> None:
@@ -153,6 +156,10 @@ class Matryoshka(nn.Module):
 
 def _uses_bank(loss: nn.Module) -> bool:
     return bool(getattr(loss, "uses_bank", False))
+
+
+def _runs_on_shares(loss: nn.Module) -> bool:
+    return bool(getattr(loss, "runs_on_shares", False))
 
 
 def _set_progress(loss: nn.Module, progress: float) -> None:

@@ -7,12 +7,11 @@ where a row and a column carry the same key they are the same text, and the colu
 import math
 from typing import ClassVar
 
-import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.similarity import check_pairs, check_widths, cosine_similarity_matrix
+from distill.similarity import check_pairs, check_widths
+from distill.streaming import contrastive, divergence
 
 
 def cross_kl(
@@ -30,15 +29,12 @@ def cross_kl(
     Equals the mean over i of KL(softmax(t_i . B / teacher_temperature) || softmax(s_i . B / temperature)), summed over
     the columns B, without column i (it says only "you are you") and without columns of row i's key. A row with no
     column left counts 0. Not multiplied by temperature^2: its gradient grows as 1 / temperature.
-    Widths must be equal. Two (b, b + n) matrices, 6b(b + n)d FLOP with the gradient. Hinton et al. 2015; Fang et al.
-    2021 (SEED).
+    Widths must be equal. Three products of (b, b + n, d) with the gradient; O((b + n) d) memory and two chunks of rows
+    of the matrix, 256 MB together up to half a million columns. Hinton et al. 2015; Fang et al. 2021 (SEED).
     """
     check_temperatures("cross_kl", temperature, teacher_temperature)
-    columns = _columns("cross_kl", student, teacher, bank)
-    left_out = _left_out("cross_kl", student, bank, keys, bank_keys)
-    student_cosines = cosine_similarity_matrix(student, columns)
-    teacher_cosines = cosine_similarity_matrix(teacher.detach(), columns)
-    return softmax_kl(student_cosines / temperature, teacher_cosines / (teacher_temperature or temperature), left_out)
+    _check_columns("cross_kl", student, teacher, bank, keys, bank_keys)
+    return divergence.cross_kl(student, teacher, bank, keys, bank_keys, temperature, teacher_temperature or temperature)
 
 
 def cross_contrastive(
@@ -50,73 +46,40 @@ def cross_contrastive(
     bank_keys: Int[Tensor, "n"] | None = None,
     temperature: float = 0.05,
     symmetric: bool = False,
+    false_negative_margin: float | None = None,
 ) -> Float[Tensor, ""]:
     """InfoNCE: each student row finds its own teacher twin among all columns.
 
     Equals the mean over i of -log softmax(s_i . B / temperature)[i]. Columns of row i's key are no negatives; column i
     always is the positive. `symmetric` averages with the other direction: each teacher row of the batch finds its
-    student among all student rows (bank rows ask nothing). Not multiplied by temperature^2.
-    Widths must be equal. One (b, b + n) matrix, 4b(b + n)d FLOP with the gradient. van den Oord et al. 2018.
+    student among all student rows (bank rows ask nothing). `false_negative_margin` leaves out columns whose cosine to
+    row i's teacher vector is above 1 - margin: texts that the teacher hardly tells apart, at the cost of one more product.
+    Not multiplied by temperature^2. Widths must be equal. Exact to 1e-5 in float32 down to losses of 1e-9; two products
+    of (b, b + n, d) with the gradient, three if symmetric, O((b + n) d) memory. van den Oord et al. 2018.
     """
     check_temperatures("cross_contrastive", temperature)
-    columns = _columns("cross_contrastive", student, teacher, bank)
-    left_out = _left_out("cross_contrastive", student, bank, keys, bank_keys)
-    logits = cosine_similarity_matrix(student, columns) / temperature
-    loss = _info_nce(logits, left_out)
-    if not symmetric:
-        return loss
-    batch = len(student)
-    return (loss + _info_nce(logits[:, :batch].T, left_out[:, :batch].T)) / 2
+    if false_negative_margin is not None and not 0 < false_negative_margin < 2:
+        raise ValueError(
+            f"cross_contrastive takes a false_negative_margin between 0 and 2 (of cosine), got {false_negative_margin}. "
+            "Try 0.05; None leaves no column out."
+        )
+    _check_columns("cross_contrastive", student, teacher, bank, keys, bank_keys)
+    loss = contrastive.cross_contrastive_both_ways if symmetric else contrastive.cross_contrastive
+    return loss(student, teacher, bank, keys, bank_keys, temperature, false_negative_margin)
 
 
-def softmax_kl(
-    student_logits: Float[Tensor, "b n"], teacher_logits: Float[Tensor, "b n"], left_out: Bool[Tensor, "b n"]
-) -> Float[Tensor, ""]:
-    """Mean over rows of the KL over the columns that are not left out; a row without any counts 0."""
-    log_q = _leave_out(student_logits, left_out).log_softmax(-1)
-    log_p = _leave_out(teacher_logits, left_out).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-
-def _info_nce(logits: Float[Tensor, "b n"], left_out: Bool[Tensor, "b n"]) -> Float[Tensor, ""]:
-    """Mean of log(1 + sum over negatives of exp(l_ij - l_ii)).
-
-    The positive stays out of the sum: its gradient is then -Z / (1 + Z) instead of p - 1, which in float32 loses all its
-    digits once the loss is small.
-    """
-    excess = logits - rearrange(logits.diagonal(), "b -> b 1")
-    log_negatives = _leave_out(excess, left_out).logsumexp(-1)
-    return torch.logaddexp(log_negatives, torch.zeros_like(log_negatives)).mean()
-
-
-def _leave_out(logits: Float[Tensor, "b n"], left_out: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-    """Far below any logit, but finite: a row of nothing else is uniform with gradient 0, where -inf gives NaN."""
-    return logits.masked_fill(left_out, torch.finfo(logits.dtype).min / 2)
-
-
-def _columns(caller: str, student: Tensor, teacher: Tensor, bank: Tensor | None) -> Float[Tensor, "n d"]:
+def _check_columns(
+    caller: str, student: Tensor, teacher: Tensor, bank: Tensor | None, keys: Tensor | None, bank_keys: Tensor | None
+) -> None:
+    """Rows in pairs of one width, and an integer for each row that is to have a key. Bank rows without keys are other texts."""
     check_pairs(caller, student, teacher)
     check_widths(caller, student, teacher)
-    if bank is None:
-        return teacher.detach()
-    check_widths(caller, student, bank, "bank")
-    return torch.cat([teacher.detach(), bank.detach()])
-
-
-def _left_out(
-    caller: str, student: Tensor, bank: Tensor | None, keys: Tensor | None, bank_keys: Tensor | None
-) -> Bool[Tensor, "b n"]:
-    """Column i of row i, and every column that carries row i's key. Bank rows without keys are other texts."""
-    batch, extra = len(student), 0 if bank is None else len(bank)
-    left_out = torch.eye(batch, batch + extra, dtype=torch.bool, device=student.device)
-    _check_keys(caller, "keys", keys, batch)
-    _check_keys(caller, "bank_keys", bank_keys, extra)
+    if bank is not None:
+        check_widths(caller, student, bank, "bank")
+    _check_keys(caller, "keys", keys, len(student))
+    _check_keys(caller, "bank_keys", bank_keys, 0 if bank is None else len(bank))
     if bank_keys is not None and (keys is None or bank is None):
         raise ValueError(f"{caller} got bank_keys without {'keys' if keys is None else 'bank'}. Give both, or neither.")
-    if keys is not None:
-        named = keys if bank_keys is None else torch.cat([keys, bank_keys])
-        left_out[:, : len(named)] |= rearrange(keys, "b -> b 1") == rearrange(named, "n -> 1 n")
-    return left_out
 
 
 def _check_keys(caller: str, name: str, keys: Tensor | None, rows: int) -> None:
@@ -135,6 +98,7 @@ def check_temperatures(caller: str, temperature: float, teacher_temperature: flo
 
 class CrossKL(nn.Module):
     uses_bank: ClassVar[bool] = True
+    runs_on_shares: ClassVar[bool] = True
 
     def __init__(self, *, temperature: float = 0.05, teacher_temperature: float | None = None) -> None:
         super().__init__()
@@ -166,11 +130,15 @@ class CrossKL(nn.Module):
 
 class CrossContrastive(nn.Module):
     uses_bank: ClassVar[bool] = True
+    runs_on_shares: ClassVar[bool] = True
 
-    def __init__(self, *, temperature: float = 0.05, symmetric: bool = False) -> None:
+    def __init__(
+        self, *, temperature: float = 0.05, symmetric: bool = False, false_negative_margin: float | None = None
+    ) -> None:
         super().__init__()
         check_temperatures("CrossContrastive", temperature)
         self.temperature, self.symmetric = temperature, symmetric
+        self.false_negative_margin = false_negative_margin
 
     def forward(
         self,
@@ -189,7 +157,9 @@ class CrossContrastive(nn.Module):
             bank_keys=bank_keys,
             temperature=self.temperature,
             symmetric=self.symmetric,
+            false_negative_margin=self.false_negative_margin,
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, symmetric={self.symmetric}"
+        margin = "" if self.false_negative_margin is None else f", false_negative_margin={self.false_negative_margin}"
+        return f"temperature={self.temperature}, symmetric={self.symmetric}{margin}"

@@ -5,7 +5,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distill.similarity import check_pairs, check_widths, normalize, pairwise_cosine
+from distill.similarity import check_pairs, check_widths
+from distill.streaming import twins
 
 
 def cosine_distance(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
@@ -14,7 +15,7 @@ def cosine_distance(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"]
     Equals mean(1 - cos(s_i, t_i)); a zero row counts 1. Widths must be equal. O(b * d).
     """
     _check_twins("cosine_distance", student, teacher)
-    return (1 - pairwise_cosine(student, teacher.detach())).mean()
+    return twins.cosine_distance(student, teacher)
 
 
 def embedding_mse(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
@@ -24,7 +25,7 @@ def embedding_mse(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"]) 
     width too would shrink the gradient d-fold. Widths must be equal. O(b * d). Reimers and Gurevych 2020.
     """
     _check_twins("embedding_mse", student, teacher)
-    return (normalize(student) - normalize(teacher.detach())).square().sum(-1).mean()
+    return twins.squared_distance(student, teacher)
 
 
 def _check_twins(caller: str, student: Tensor, teacher: Tensor) -> None:
@@ -34,6 +35,7 @@ def _check_twins(caller: str, student: Tensor, teacher: Tensor) -> None:
 
 class CosineDistance(nn.Module):
     uses_bank: ClassVar[bool] = False
+    runs_on_shares: ClassVar[bool] = True
 
     def forward(self, student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
         return cosine_distance(student, teacher)
@@ -41,6 +43,7 @@ class CosineDistance(nn.Module):
 
 class EmbeddingMSE(nn.Module):
     uses_bank: ClassVar[bool] = False
+    runs_on_shares: ClassVar[bool] = True
 
     def forward(self, student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
         return embedding_mse(student, teacher)

@@ -2,12 +2,12 @@
 
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distill.losses.cross import check_temperatures, softmax_kl
+from distill.losses.cross import check_temperatures
 from distill.similarity import check_pairs, cosine_similarity_matrix, normalize
+from distill.streaming import divergence
 
 
 def gram_mse(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
@@ -32,14 +32,12 @@ def gram_kl(
     Equals the mean over i of KL(softmax(t_i / teacher_temperature) || softmax(s_i / temperature)), where t_i and s_i are
     the cosines of row i to every *other* row: kept, the diagonal would hold .9999 of a row at temperature .02. A batch
     of one counts 0. Not multiplied by temperature^2. Widths may differ.
-    Two (b, b) matrices, O(b^2 (d + e)) FLOP. Park et al. 2019; Fang et al. 2021 (SEED).
+    Two products of (b, b, d) and one of (b, b, e) with the gradient, at most twice that; O(b (d + e)) memory and two
+    chunks of rows of the matrix, 256 MB together. Park et al. 2019; Fang et al. 2021 (SEED).
     """
     check_temperatures("gram_kl", temperature, teacher_temperature)
     check_pairs("gram_kl", student, teacher)
-    diagonal = torch.eye(len(student), dtype=torch.bool, device=student.device)
-    return softmax_kl(
-        _gram(student) / temperature, _gram(teacher.detach()) / (teacher_temperature or temperature), diagonal
-    )
+    return divergence.gram_kl(student, teacher, temperature, teacher_temperature or temperature)
 
 
 def _gram(rows: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
@@ -56,6 +54,7 @@ class GramMSE(nn.Module):
 
 class GramKL(nn.Module):
     uses_bank: ClassVar[bool] = False
+    runs_on_shares: ClassVar[bool] = True
 
     def __init__(self, *, temperature: float = 0.05, teacher_temperature: float | None = None) -> None:
         super().__init__()
