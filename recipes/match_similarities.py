@@ -6,19 +6,22 @@ The bank costs no teacher pass: its rows come from the store. The relational ter
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from distill import cli
+from distill.calibration import calibrate
 from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
 from distill.data import load_texts
 from distill.embed import embed
 from distill.errors import RecipeError
 from distill.evaluation import evaluate
-from distill.examples import match
+from distill.examples import Examples, match
 from distill.export import Provenance
 from distill.losses import CosineDistance, CrossContrastive, CrossKL, WeightedSum, linear_decay
 from distill.report import finish
+from distill.store import Store
 from distill.training import TrainConfig, train
 
 
@@ -34,8 +37,10 @@ class LossConfig:
     """The teacher's distribution over the bank."""
     kl_until: float = 0.5
     """Share of the run in which the KL term fades out."""
-    temperature: float = 0.07
-    """Of contrastive and KL, student and teacher."""
+    temperature: float | Literal["auto"] = 0.07
+    """Of contrastive and KL; auto: by the perplexity of the teacher's rows."""
+    perplexity: float = 30.0
+    """Of temperature auto: the texts that a teacher's row speaks of."""
 
     def __post_init__(self) -> None:
         weights = (self.cosine, self.contrastive, self.kl)
@@ -43,10 +48,12 @@ class LossConfig:
             raise RecipeError(
                 f"weights are 0 or more, cosine or contrastive above 0 since kl fades out; got cosine, contrastive, kl {weights}."
             )
-        if not 0 < self.kl_until <= 1 or not self.temperature > 0:
+        if not 0 < self.kl_until <= 1 or not (self.temperature == "auto" or self.temperature > 0):
             raise RecipeError(
-                f"kl_until is above 0, up to 1, got {self.kl_until}; temperature above 0, got {self.temperature}."
+                f"kl_until is above 0, up to 1, got {self.kl_until}; temperature above 0 or auto, got {self.temperature}."
             )
+        if not self.perplexity > 1:
+            raise RecipeError(f"perplexity is above 1, got {self.perplexity}.")
 
     def build(self) -> WeightedSum:
         terms = {
@@ -90,7 +97,6 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
-    loss = recipe.loss.build()
     read = load_texts(recipe.data, column=recipe.column, limit=recipe.limit)
     texts, held_out = hold_out(read.texts, recipe.held_out)
     data = recipe.evaluation.load(held_out)
@@ -100,10 +106,28 @@ def main(recipe: Recipe) -> None:
     store = embed(texts, teacher, recipe.store)
     student = recipe.student.build(teacher, store, texts)
     start = copy.deepcopy(student)
-    run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
+    examples = match(texts, student, teacher, store)
+    loss = calibrated(recipe, examples, store)
+    run = train(student, examples, store, loss.build(), recipe.train, output=recipe.output)
 
     scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
-    finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(recipe.loss)))
+    finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(loss)))
+
+
+def calibrated(recipe: Recipe, examples: Examples, store: Store) -> LossConfig:
+    """The loss with a number for its temperature."""
+    if recipe.loss.temperature != "auto":
+        return recipe.loss
+    found = calibrate(
+        examples,
+        store,
+        perplexity=recipe.loss.perplexity,
+        columns=recipe.train.batch_size + recipe.train.bank_size,
+        seed=recipe.train.seed,
+        output=recipe.output,
+    )
+    cli.say(found)
+    return replace(recipe.loss, temperature=found.temperature)
 
 
 if __name__ == "__main__":

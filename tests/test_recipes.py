@@ -45,7 +45,10 @@ SMALL = {
         "static": TEXTS
         + " --evaluation.sts {sts} --evaluation.classify-train {labelled} --evaluation.classify-test {labelled}",
     },
-    "match_similarities": {"static": TEXTS + " --train.bank-size 24 --student.width 8"},
+    "match_similarities": {
+        "static": TEXTS + " --train.bank-size 24 --student.width 8",
+        "auto": TEXTS + " --train.bank-size 24 --student.width 8 --loss.temperature auto --loss.perplexity 8",
+    },
     "keep_index": {
         "layers": "--documents {documents} --queries {queries} --held-out 12 --teacher.name {prompted} --train.steps 6 "
         "--train.batch-size 16 --train.bank-size 24 --train.learning-rate 1e-3 --student.kind layers --student.projection ridge "
@@ -343,7 +346,7 @@ def test_every_recipe_has_a_small_mode() -> None:
 @pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
 def test_help_fits_two_screens(session: Session, recipe: str) -> None:
     ran = session(f"help {recipe}").all_is_well()
-    assert 20 <= len(ran.out.splitlines()) <= 105
+    assert 20 <= len(ran.out.splitlines()) <= 110
     assert max(len(line) for line in ran.out.splitlines()) <= 120
     assert f"accelerate launch recipes/{recipe}.py" in ran.out
     assert "--debug" in ran.out
@@ -353,7 +356,8 @@ def test_help_fits_two_screens(session: Session, recipe: str) -> None:
 @pytest.mark.parametrize("processes", ["one", "two"])
 def test_a_run_leaves_a_complete_folder(session: Session, recipe: str, variant: str, processes: str) -> None:
     ran = session(f"{recipe}-{variant}-{processes}").all_is_well()
-    assert {"recipe.json", "metrics.jsonl", "report.json", "checkpoints", "student"} == {
+    found = {"temperature.json"} if variant == "auto" else set()
+    assert {"recipe.json", "metrics.jsonl", "report.json", "checkpoints", "student"} | found == {
         path.name for path in ran.output.iterdir()
     }
     steps = [entry["step"] for entry in ran.metrics()]
@@ -391,6 +395,19 @@ def test_two_processes_train_and_score_as_one(session: Session, recipe: str, var
     for system, row in scores[0].items():
         for metric, interval in row.items():
             assert scores[1][system][metric] == pytest.approx(interval, abs=1e-4), (system, metric)
+
+
+def test_a_temperature_found_is_said_recorded_and_that_of_the_loss(session: Session) -> None:
+    one, two = (session(f"match_similarities-auto-{processes}").all_is_well() for processes in ("one", "two"))
+    found = one.json("temperature.json")
+    assert found["temperature"] == pytest.approx(two.json("temperature.json")["temperature"], rel=1e-6)
+    assert (found["perplexity"], found["columns"]) == (8, 40)
+    line = f"temperature {found['temperature']:.4g}: there a row of the teacher has perplexity 8 over 40 texts"
+    assert one.out.count(line) == two.out.count(line) == 1
+    fixed = session("match_similarities-static-one").all_is_well()
+    assert [entry["loss"] for entry in one.metrics()] != [entry["loss"] for entry in fixed.metrics()]
+    card = (one.output / "student" / "README.md").read_text()
+    assert f"temperature={found['temperature']}" in card
 
 
 def test_two_processes_write_one_store(session: Session) -> None:
