@@ -7,8 +7,7 @@ number of processes. Every loss is the loss of the global batch (`distributed.gl
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from distill import checkpoint, distributed, files, runlog, sampling
 from distill.encoder import Encoder
 from distill.errors import IntegrityError, NumericsError, RecipeError, Stopped
 from distill.examples import Examples
+from distill.gradients import Share, StepGradients
 from distill.heads import parameter_groups
 from distill.stopping import stop_signals
 from distill.store import Store
@@ -46,6 +46,8 @@ class TrainConfig:
     """Texts a batch over all processes; a loss that compares texts sees this many."""
     accumulation: int = 1
     """Batches a step; their losses are averaged by rows. It does not enlarge the batch that a loss sees."""
+    micro_batch: int | None = None
+    """Texts of a process run at once; None: the whole batch, smaller when memory runs out. The loss sees the whole batch either way."""
     learning_rate: float = 1e-3
     """Peak of AdamW's learning rate."""
     weight_decay: float = 0.01
@@ -79,6 +81,7 @@ class TrainConfig:
             "epochs",
             "batch_size",
             "accumulation",
+            "micro_batch",
             "learning_rate",
             "clip_norm",
             "save_every",
@@ -140,6 +143,9 @@ class _Loop:
         self.adamw = _adamw(student, config)
         self.rate = _rate(self.adamw, config, self.steps)
         self.model, self.optimizer = self.accelerator.prepare(student, self.adamw)
+        self.gradients = StepGradients(
+            student, self.model, micro_batch=config.micro_batch or config.batch_size, device=self.accelerator.device
+        )
         self._progress(0)
         self.identity = self._identity()
 
@@ -178,7 +184,9 @@ class _Loop:
         began = time.monotonic()
         self._progress(step)
         batches = self._batches(step)
-        value = self._backward(step, batches)
+        total = sum(len(batch) for batch in batches)
+        shares = [self._share(step, number, batch, total) for number, batch in enumerate(batches)]
+        value = self.gradients.add(shares)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_norm or math.inf)
         finite = bool(torch.isfinite(value) & torch.isfinite(norm))
         if distributed.any_process(not finite, self.accelerator.device):
@@ -195,7 +203,7 @@ class _Loop:
             **parts,
             "lr": self.config.learning_rate * rate,
             "grad_norm": float(norm),
-            "texts": sum(len(batch) for batch in batches),
+            "texts": total,
             "seconds": round(time.monotonic() - began, 4),
         }
 
@@ -207,28 +215,21 @@ class _Loop:
         size, accumulation = self.config.batch_size, self.config.accumulation
         return sampling.batches(step, len(self.data), batch_size=size, accumulation=accumulation, seed=self.config.seed)
 
-    def _backward(self, step: int, batches: Sequence[np.ndarray]) -> Float[Tensor, ""]:
-        """Gradients of the mean over all rows of the step; processes exchange them once, with the last batch."""
-        total = sum(len(batch) for batch in batches)
-        value = torch.zeros((), device=self.accelerator.device)
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                part = self._forward(step, number, batch) * (len(batch) / total)
-                self.accelerator.backward(part)
-            value += part.detach()
-        return value
-
-    def _forward(self, step: int, number: int, batch: np.ndarray) -> Float[Tensor, ""]:
-        device = self.accelerator.device
-        share = distributed.share(len(batch))
-        mine = batch[share.start : share.stop]
+    def _share(self, step: int, number: int, batch: np.ndarray, total: int) -> Share:
+        """This process's rows of a batch of the step; `total` rows has the step."""
+        place = distributed.share(len(batch))
+        mine = batch[place.start : place.stop]
         tokens = self.data.tokens.rows(torch.from_numpy(mine if len(mine) else batch[:1]))
-        vectors = self.model(tokens)[: len(mine)]  # a process without rows runs one, so that DDP finds every parameter
-        teacher = self.store.take(self.data.rows[mine]).to(device)
-        bank, bank_keys = self._bank(step * self.config.accumulation + number)
-        keys = self.data.keys[torch.from_numpy(mine)].to(device)
-        return distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)
+        most = -(-len(batch) // distributed.world_size())
+        loss = partial(self._loss, step * self.config.accumulation + number, mine, len(batch) / total)
+        return Share(tokens, len(mine), most, loss)
+
+    def _loss(self, draw: int, rows: np.ndarray, weight: float, vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+        device = self.accelerator.device
+        teacher = self.store.take(self.data.rows[rows]).to(device)
+        bank, bank_keys = self._bank(draw)
+        keys = self.data.keys[torch.from_numpy(rows)].to(device)
+        return weight * distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)
 
     def _bank(self, draw: int) -> tuple[Tensor | None, Tensor | None]:
         """Vectors and keys of the draw-th window of training rows, the same on every process."""
@@ -256,7 +257,7 @@ class _Loop:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued, as JSON gives it back."""
-        free = ("resume", "save_every", "keep_checkpoints", "trackers")
+        free = ("micro_batch", "resume", "save_every", "keep_checkpoints", "trackers")
         chosen = {name: value for name, value in asdict(self.config).items() if name not in free}
         shapes = {name: list(value.shape) for name, value in self.student.state_dict().items()}
         trained = [name for name, parameter in self.student.named_parameters() if parameter.requires_grad]
@@ -322,7 +323,7 @@ def _accelerator(config: TrainConfig, output: Path) -> "Accelerator":
         mixed_precision=config.mixed_precision,
         log_with=list(config.trackers) or None,
         project_dir=str(output),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # _backward weighs batches itself
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # a step weighs its batches itself
     )
 
 

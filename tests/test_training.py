@@ -187,6 +187,90 @@ def test_vectors_that_were_set_aside_are_not_trained_on(model: str, tmp_path: Pa
     train(student, data, stored, losses.CosineDistance(), TrainConfig(batch_size=8), output=tmp_path / "run")
 
 
+# Micro-batches
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "sum", "bank_size": 16},
+        {"loss": "contrastive", "accumulation": 3},
+        {"loss": "gram", "mixed_precision": "bf16"},
+        {"loss": "gram", "kind": "static"},
+    ],
+    ids=str,
+)
+def test_micro_batches_change_nothing(model: str, store: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    whole = runs.small_run(model, tmp_path / "whole", store=store, epochs=2.0, **options)
+    many = runs.small_run(model, tmp_path / "many", store=store, epochs=2.0, micro_batch=3, **options)
+    if options.get("mixed_precision") == "bf16":
+        np.testing.assert_allclose(curve(tmp_path / "whole"), curve(tmp_path / "many"), rtol=0.01)
+        return
+    assert_close_weights(runs.weights(whole), runs.weights(many))
+    for one, other in zip(log(tmp_path / "whole"), log(tmp_path / "many"), strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"seconds"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
+
+
+def test_micro_batches_leave_the_random_state_where_it_would_be(model: str, store: Path, tmp_path: Path) -> None:
+    for size in (3, 8):
+        runs.small_run(model, tmp_path / str(size), store=store, micro_batch=size, **LONG)
+    states = [checkpointed(tmp_path / str(size))["rng"]["0.cpu"] for size in (3, 8)]
+    assert torch.equal(*states)
+    assert curve(tmp_path / "3") != curve(tmp_path / "8")  # the masks of dropout are others
+
+
+def test_a_run_goes_on_with_another_micro_batch(model: str, store: Path, tmp_path: Path) -> None:
+    options = {**LONG, "dropout": 0.0, "loss": "sum"}
+    runs.small_run(model, tmp_path / "whole", store=store, **options)
+    cut_behind(tmp_path / "whole", tmp_path / "run", 3)
+    runs.small_run(model, tmp_path / "run", store=store, resume=True, micro_batch=3, **options)
+    np.testing.assert_allclose(curve(tmp_path / "whole"), curve(tmp_path / "run"), rtol=1e-5)
+    assert curve(tmp_path / "whole")[:3] == curve(tmp_path / "run")[:3]
+
+
+@pytest.mark.parametrize("micro_batch", [None, 6])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_that_runs_out_of_memory_is_one_with_a_smaller_micro_batch(
+    model: str,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    micro_batch: int | None,
+    accumulation: int,
+) -> None:
+    options = {**LONG, "accumulation": accumulation, "loss": "sum", "save_every": 1}
+    runs.small_run(model, tmp_path / "small", store=store, micro_batch=2 if micro_batch is None else 3, **options)
+    assert "memory" not in capsys.readouterr().err
+    forward = Encoder.forward
+
+    def short_of_memory(self: Encoder, tokens: Any) -> Tensor:
+        vectors = forward(self, tokens)
+        if torch.is_grad_enabled() and len(tokens) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return vectors
+
+    monkeypatch.setattr(Encoder, "forward", short_of_memory)
+    runs.small_run(model, tmp_path / "run", store=store, micro_batch=micro_batch, **options)
+    assert_same_state(tmp_path / "run", tmp_path / "small")
+    assert capsys.readouterr().err.count("out of memory with") == (2 if micro_batch is None else 1)
+
+
+def test_a_text_that_does_not_fit_ends_the_run_with_a_way_out(
+    model: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(self: Encoder, tokens: Any) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    student, data, stored = runs.prepared(model, store, 20, "static")
+    monkeypatch.setattr(Encoder, "forward", no_memory)
+    with pytest.raises(ResourceError, match="one text alone does not fit in memory") as caught:
+        train(student, data, stored, losses.CosineDistance(), TrainConfig(batch_size=4), output=tmp_path)
+    assert caught.value.exit_code == 6
+
+
 # The bank
 
 
@@ -264,6 +348,7 @@ def test_a_text_is_no_negative_of_itself(model: str, store: Path, tmp_path: Path
         ({"epochs": math.nan}, "epochs is above 0"),
         ({"steps": 0}, "steps is above 0"),
         ({"accumulation": 0}, "accumulation is above 0"),
+        ({"micro_batch": 0}, "micro_batch is above 0, got 0"),
         ({"learning_rate": 0.0}, "learning_rate is above 0"),
         ({"learning_rate": math.inf}, "learning_rate is"),
         ({"clip_norm": 0.0}, "clip_norm is above 0"),
@@ -315,7 +400,8 @@ def unique_word(model: str, path: Path) -> tuple[Encoder, Examples, Store]:
     return student, data, stored
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_a_loss_that_is_not_finite_stops_before_the_update(model: str, tmp_path: Path, micro_batch: int | None) -> None:
     student, data, stored = unique_word(model, tmp_path / "store")
     before: list[dict[str, Tensor]] = []
 
@@ -324,7 +410,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(model: str, tmp_path:
         return losses.cosine_distance(*arguments)
 
     with pytest.raises(NumericsError, match=r"step \d+: loss nan.*1 rows have") as caught:
-        train(student, data, stored, remember, TrainConfig(batch_size=4), output=tmp_path)
+        train(student, data, stored, remember, TrainConfig(batch_size=4, micro_batch=micro_batch), output=tmp_path)
     report = json.loads((tmp_path / "non-finite.json").read_text())
     assert [row["text"] for row in report["rows"]] == ["x x x"]
     assert report["step"] == len(before)
@@ -594,6 +680,7 @@ MANY: dict[str, dict[str, Any]] = {
     "uneven": {"loss": "gram", "count": 13, "batch_size": 4, "epochs": 2.0},  # the last batch has one row
     "accumulated": {"loss": "sum", "accumulation": 3, "epochs": 2.0, "bank_size": 16},
     "static": {"loss": "sum", "kind": "static", "count": 3, "epochs": 2.0},
+    "in micro-batches": {"loss": "sum", "micro_batch": 1, "count": 13, "accumulation": 2, "epochs": 2.0},
 }
 
 
