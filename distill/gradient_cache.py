@@ -45,9 +45,10 @@ def backward_in_micro_batches(
     Randomness in `encode` follows one draw from the global generator, which therefore stands at the same place afterwards
     whatever the micro-batch was. OutOfMemory if the encoder does not fit (see `MicroBatch`); what the loss raises is passed on.
 
-    With several processes every process calls this, also one without rows. `encode` then runs the module itself, not its
-    DDP wrapper, whose forward may wait for other processes; `exchange_gradients` after a step's last batch is what makes
-    DDP average. `any_process` says on all whether one ran out of memory: `distributed.any_process`.
+    With several processes every process calls this, also one without rows. `encode` then runs the module itself, not its DDP
+    wrapper: the wrapper's forward has collectives of its own, also under no_sync, and processes with different numbers of
+    micro-batches would wait for each other forever. `exchange_gradients` after a step's last batch has DDP average what is
+    there. `any_process` tells all of them that one ran out of memory: `distributed.any_process`.
     """
     pieces = _cut(lengths, micro_batch)
     seed, whole = int(torch.randint(2**62, ())), len(pieces) == 1
@@ -163,7 +164,10 @@ def _devices() -> list[int]:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=_devices()):
-        torch.manual_seed(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:  # 1 us instead of 130, which a static student would notice
+            torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import processes
@@ -112,6 +113,30 @@ def own_loop(sizes: list[int], micro_batch: int, name: str) -> list[float]:
         abs(float(sum(values) / sum(expected).detach()) - 1),
         len(counted),
     ]
+
+
+def through_ddp() -> None:
+    """In one of two processes: micro-batches through the wrapper, under no_sync. In step 2 it rearranges its buckets in forward."""
+    mine, rows = Texts(), part([7, 1])
+    ddp = DistributedDataParallel(mine)
+    for step in range(3):
+        tokens, teacher = texts(step)
+        with ddp.no_sync():
+            backward_in_micro_batches(
+                lambda some, tokens=tokens: ddp(tokens.rows(rows[some])),
+                tokens.lengths[rows],
+                lambda vectors, teacher=teacher: distributed.global_loss(losses.gram_mse, vectors, teacher[rows]),
+                micro_batch=3,
+            )
+        exchange_gradients(ddp, tokens.rows(torch.tensor([0])))
+        print(f"step {step + 1} done", flush=True)
+
+
+@pytest.mark.slow
+def test_micro_batches_through_ddp_itself_wait_forever(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)(hung|exit codes).*step 1 done") as caught:
+        processes.run(through_ddp, 2, tmp_path, timeout_seconds=30)
+    assert "step 3 done" not in str(caught.value)
 
 
 # A step of training
