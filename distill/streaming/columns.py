@@ -32,16 +32,15 @@ class Columns:
     def __init__(
         self,
         share: Share,
-        teacher: Float[Tensor, "b d"],
+        teacher: UnitRows,
         bank: Float[Tensor, "n d"] | None,
         keys: Int[Tensor, " b"] | None,
         bank_keys: Int[Tensor, " n"] | None,
-        dtype: torch.dtype,
     ) -> None:
         self.share, self.keys = share, keys
-        self._pieces = [(0, UnitRows(share.everyone(teacher), dtype), None if keys is None else share.everyone(keys))]
+        self._pieces = [(0, share.everyones(teacher), None if keys is None else share.everyone(keys))]
         if bank is not None and len(bank):
-            self._pieces.append((share.total, UnitRows(bank, dtype), bank_keys))
+            self._pieces.append((share.total, UnitRows(bank, teacher.dtype), bank_keys))
         self.count = share.total + (0 if bank is None else len(bank))
 
     def tiles(self, size: int | None = None) -> Iterator[Tile]:

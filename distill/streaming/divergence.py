@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from distill.streaming.columns import Columns
-from distill.streaming.engine import Buffer, UnitRows, operator, share_of, tiles, working_dtype
+from distill.streaming.engine import Buffer, UnitRows, exp_, operator, share_of, tiles, working_dtype
 
 # Elements of a chunk of whole matrix rows: 128 MB in float32; a divergence needs two such chunks.
 CHUNK = 2**25
@@ -37,7 +37,7 @@ def cross_kl(
     """Whole rows of the matrix, a chunk at a time. 3 products of (b, n, d); 2 without gradient."""
     share, dtype = share_of(student, shared), working_dtype(student)
     rows, twins = UnitRows(student, dtype), UnitRows(teacher, dtype)
-    columns = Columns(share, teacher, bank, keys, bank_keys, dtype)
+    columns = Columns(share, twins, bank, keys, bank_keys)
     size = _chunk_rows(columns.count, len(rows))
     chunks = [Buffer(size * columns.count, student, dtype) for _ in range(2)]
     gradient = student.new_zeros((len(student) if with_gradient else 0, student.shape[1]), dtype=dtype)
@@ -100,8 +100,7 @@ class _Grams:
         dtype = working_dtype(student)
         self.share = share_of(student, shared)
         self.rows, self.twins = UnitRows(student, dtype), UnitRows(teacher, dtype)
-        self.students = UnitRows(self.share.everyone(student), dtype)
-        self.teachers = UnitRows(self.share.everyone(teacher), dtype)
+        self.students, self.teachers = self.share.everyones(self.rows), self.share.everyones(self.twins)
         self.temperatures = temperature, teacher_temperature
         self.near = self._all_are_near()
         self.size = _chunk_rows(self.share.total, len(student))
@@ -177,11 +176,11 @@ def _both_directions(
     near: bool,
 ) -> None:
     """delta becomes (q - p) of the rows plus that of the columns."""
-    p, p_of_columns = (logits - rows[:, :1]).exp_(), (logits - columns[:1]).exp_()
+    p, p_of_columns = exp_(logits - rows[:, :1]), exp_(logits - columns[:1])
     if not near:
         student = logits + delta
-        torch.sub((student - rows[:, 1:]).exp_(), p, out=delta)
-        delta.add_((student - columns[1:]).exp_()).sub_(p_of_columns)
+        torch.sub(exp_(student - rows[:, 1:]), p, out=delta)
+        delta.add_(exp_(student - columns[1:])).sub_(p_of_columns)
         return
     growth, w, w_of_columns = torch.expm1(delta), rows[:, 1:], columns[1:]
     torch.mul(p.div_(1 + w), growth - w, out=delta)
@@ -248,6 +247,6 @@ def softmax_(logits: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b n"], Float[
     """Rows become their softmax, in place; the second is their log-sum-exp. A row of -inf becomes 0, and counts 0."""
     highest = logits.amax(-1, keepdim=True)
     is_empty = highest == -torch.inf
-    total = logits.sub_(highest.masked_fill_(is_empty, 0.0)).exp_().sum(-1, keepdim=True)
+    total = exp_(logits.sub_(highest.masked_fill_(is_empty, 0.0))).sum(-1, keepdim=True)
     logits.mul_(total.masked_fill(is_empty, 1.0).reciprocal())
     return logits, (total.log() + highest).masked_fill(is_empty, 0.0)
