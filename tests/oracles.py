@@ -1,5 +1,6 @@
 """Every loss and head once more: slow, obvious, float64, one row and one column at a time. No code of distill's."""
 
+import bisect
 import math
 
 import numpy as np
@@ -142,3 +143,45 @@ def margin_mse(student: Tensor, teacher: Tensor) -> float:
         for x, y in zip(s[1:], t[1:], strict=True)
     ]
     return mean(errors) if errors else 0.0
+
+
+def huber(difference: float) -> float:
+    return difference**2 / 2 if abs(difference) < 1 else abs(difference) - 0.5
+
+
+def rkd_distance(student: Tensor, teacher: Tensor) -> float:
+    scaled = []
+    for rows in (unit_rows(student), unit_rows(teacher)):
+        distances = [float(np.sqrt(((a - b) ** 2).sum())) for a in rows for b in rows]
+        others = [distance for distance in distances if distance > 0]
+        scale = mean(others) if others else 1.0
+        scaled.append([distance / scale for distance in distances])
+    return mean([huber(s - t) for s, t in zip(*scaled, strict=True)])
+
+
+def rkd_angle(student: Tensor, teacher: Tensor, *, anchors: int | None = None) -> float:
+    def cosines_from(anchor: np.ndarray, rows: list[np.ndarray]) -> np.ndarray:
+        spokes = [row - anchor for row in rows]
+        directions = np.stack([spoke / np.sqrt(spoke @ spoke) if spoke.any() else spoke for spoke in spokes])
+        return directions @ directions.T
+
+    s, t, values = unit_rows(student), unit_rows(teacher), []
+    count = min(anchors or 2048, len(s))
+    for k in [int(place * len(s) / count) for place in range(count)]:
+        difference = np.abs(cosines_from(s[k], s) - cosines_from(t[k], t))
+        values.append(float(np.where(difference < 1, difference**2 / 2, difference - 0.5).mean()))
+    return mean(values)
+
+
+def rank_hinge(student: Tensor, teacher: Tensor, *, margin: float = 0.015) -> float:
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a.any()) if (a == b).all() else math.fsum(a * b)
+
+    s, t = unit_rows(student), unit_rows(teacher)
+    pairs = sorted((cosine(t[i], t[j]), cosine(s[i], s[j])) for i in range(len(s)) for j in range(i + 1, len(s)))
+    ours, sums, count = np.array([s_p for _, s_p in pairs]), [], 0
+    for t_p, s_p in pairs:
+        lower = ours[: bisect.bisect_left(pairs, (t_p, -2.0))]  # pairs below p in the teacher's order
+        sums.append(float(np.maximum(0.0, margin - (s_p - lower)).sum()))
+        count += len(lower)
+    return math.fsum(sums) / count if count else 0.0

@@ -72,6 +72,12 @@ CASES = [
         options={"temperature": 0.2, "teacher_temperature": 0.1},
         zero_at_teacher=False,
     ),
+    Case(function="rkd_distance", module="RKDDistance", family="relational"),
+    Case(function="rkd_angle", module="RKDAngle", family="relational"),
+    Case(function="rank_hinge", module="RankHinge", family="relational", zero_at_teacher=False),
+    Case(
+        function="rank_hinge", module="RankHinge", family="relational", options={"margin": 0.3}, zero_at_teacher=False
+    ),
 ]
 every_loss = pytest.mark.parametrize("case", CASES, ids=str)
 cross_loss = pytest.mark.parametrize("case", [c for c in CASES if c.crosses], ids=str)

@@ -6,6 +6,7 @@ vectors for the columns of a cross loss.
 
 from distill.losses.combine import Matryoshka, Schedule, WeightedSum, constant, linear_decay
 from distill.losses.cross import CrossContrastive, CrossKL, cross_contrastive, cross_kl
+from distill.losses.pairs import RankHinge, RKDAngle, RKDDistance, rank_hinge, rkd_angle, rkd_distance
 from distill.losses.pointwise import CosineDistance, EmbeddingMSE, cosine_distance, embedding_mse
 from distill.losses.relational import GramKL, GramMSE, gram_kl, gram_mse
 from distill.losses.scores import MarginMSE, ScoreKL, margin_mse, score_kl
@@ -20,6 +21,9 @@ __all__ = [
     "GramMSE",
     "MarginMSE",
     "Matryoshka",
+    "RKDAngle",
+    "RKDDistance",
+    "RankHinge",
     "Schedule",
     "ScoreKL",
     "WeightedSum",
@@ -33,5 +37,8 @@ __all__ = [
     "gram_mse",
     "linear_decay",
     "margin_mse",
+    "rank_hinge",
+    "rkd_angle",
+    "rkd_distance",
     "score_kl",
 ]
