@@ -34,6 +34,7 @@ ORDER = [
     "heads",
     "metrics",
     "distributed",
+    "losses.sentence_transformers",  # an adapter to a trainer, not an objective: `losses` does not import it
     "gradient_cache",
     "packages",
     "hub",
@@ -63,6 +64,7 @@ ORDER = [
     "cli",
 ]
 LIFTABLE = {name for name in ORDER if name.startswith(("losses", "streaming"))} | {"similarity", "heads", "metrics"}
+LIFTABLE -= {"losses.sentence_transformers"}
 
 
 def modules() -> dict[str, Path]:
