@@ -94,6 +94,40 @@ def gram_mse(student: Tensor, teacher: Tensor) -> float:
     return mean([float(s[i] @ s[j] - t[i] @ t[j]) ** 2 for i in range(len(s)) for j in range(len(s))])
 
 
+def similarity_preserving(student: Tensor, teacher: Tensor) -> float:
+    grams = []
+    for rows in (unit_rows(student), unit_rows(teacher)):
+        gram = [[float(a @ b) for b in rows] for a in rows]
+        lengths = [math.sqrt(math.fsum(x * x for x in row)) for row in gram]
+        grams.append([x / length if length else 0.0 for row, length in zip(gram, lengths, strict=True) for x in row])
+    return mean([(x - y) ** 2 for x, y in zip(*grams, strict=True)])
+
+
+def cka(student: Tensor, teacher: Tensor) -> float:
+    """By the definition over rows: the cosine of the two centred Gram matrices."""
+    grams = []
+    for rows in (unit_rows(student), unit_rows(teacher)):
+        centred = [row - sum(rows) / len(rows) for row in rows]
+        grams.append([float(a @ b) for a in centred for b in centred])
+    s, t = grams
+    product, lengths = math.fsum(x * y for x, y in zip(s, t, strict=True)), math.fsum(x * x for x in s)
+    lengths *= math.fsum(y * y for y in t)
+    return 1 - product / math.sqrt(lengths) if lengths > 1e-24 else 0.0
+
+
+def cross_mse(
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor | None = None,
+    *,
+    keys: Tensor | None = None,
+    bank_keys: Tensor | None = None,
+) -> float:
+    vectors, _ = _columns(teacher, bank, keys, bank_keys)
+    pairs = zip(unit_rows(student), unit_rows(teacher), strict=True)
+    return mean([float(s @ b - t @ b) ** 2 for s, t in pairs for b in vectors])
+
+
 def gram_kl(
     student: Tensor, teacher: Tensor, *, temperature: float = 0.05, teacher_temperature: float | None = None
 ) -> float:

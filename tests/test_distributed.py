@@ -23,7 +23,10 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "CrossKL with a teacher_temperature": lambda: losses.CrossKL(temperature=0.2, teacher_temperature=0.1),
     "CrossContrastive": lambda: losses.CrossContrastive(temperature=0.1),
     "CrossContrastive, symmetric": lambda: losses.CrossContrastive(temperature=0.1, symmetric=True),
+    "CrossMSE": losses.CrossMSE,
     "GramMSE": losses.GramMSE,
+    "SimilarityPreserving": losses.SimilarityPreserving,
+    "CKA": losses.CKA,
     "GramKL": lambda: losses.GramKL(temperature=0.1),
     "RKDDistance": losses.RKDDistance,
     "RKDAngle": losses.RKDAngle,
@@ -36,7 +39,12 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
         {"cross": losses.CrossKL(temperature=0.1), "gram": losses.GramMSE()}, {"cross": 1.0, "gram": 0.3}
     ),
 }
-SIZES = {1: [[8]], 2: [[4, 4], [6, 2], [8, 0], [0, 8]], 3: [[3, 3, 2], [4, 4, 0], [1, 7, 0]], 4: [[2, 2, 2, 2], [1, 0, 5, 2]]}
+SIZES = {
+    1: [[8]],
+    2: [[4, 4], [6, 2], [8, 0], [0, 8]],
+    3: [[3, 3, 2], [4, 4, 0], [1, 7, 0]],
+    4: [[2, 2, 2, 2], [1, 0, 5, 2]],
+}
 WIDTH, ROWS, BANK = 6, 8, 5
 
 

@@ -20,6 +20,8 @@ ORDER = [
     "streaming.contrastive",
     "streaming.divergence",
     "streaming.twins",
+    "streaming.joint",
+    "streaming.moments",
     "streaming.pairs",
     "streaming.order",
     "streaming",

@@ -63,7 +63,10 @@ CASES = [
         options={"temperature": 0.1, "symmetric": True},
         zero_at_teacher=False,
     ),
+    Case(function="cross_mse", module="CrossMSE", family="cross"),
     Case(function="gram_mse", module="GramMSE", family="relational"),
+    Case(function="similarity_preserving", module="SimilarityPreserving", family="relational"),
+    Case(function="cka", module="CKA", family="relational"),
     Case(function="gram_kl", module="GramKL", family="relational"),
     Case(
         function="gram_kl",
@@ -81,6 +84,7 @@ CASES = [
 ]
 every_loss = pytest.mark.parametrize("case", CASES, ids=str)
 cross_loss = pytest.mark.parametrize("case", [c for c in CASES if c.crosses], ids=str)
+masking_loss = pytest.mark.parametrize("case", [c for c in CASES if c.crosses and c.function != "cross_mse"], ids=str)
 equal_width_loss = pytest.mark.parametrize("case", [c for c in CASES if c.equal_widths], ids=str)
 
 
@@ -231,7 +235,7 @@ def test_a_row_without_columns_counts_zero(case: Case) -> None:
     assert not gradient(lambda s: case(s, teacher), student).any()
 
 
-@cross_loss
+@masking_loss
 def test_a_batch_of_one_text_teaches_nothing_across(case: Case) -> None:
     student, teacher = inputs(case, 5)
     same = {"keys": torch.full((5,), 9)}
@@ -240,7 +244,7 @@ def test_a_batch_of_one_text_teaches_nothing_across(case: Case) -> None:
     assert float(case(student, teacher)) > 0
 
 
-@cross_loss
+@masking_loss
 def test_a_key_takes_the_same_text_out_of_the_columns(case: Case) -> None:
     student, teacher = inputs(case, 4)
     repeated, other = teacher[:1], torch.randn(1, 8, dtype=torch.float64)

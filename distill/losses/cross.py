@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.similarity import check_pairs, check_widths
-from distill.streaming import contrastive, divergence
+from distill.streaming import contrastive, divergence, moments
 
 
 def cross_kl(
@@ -66,6 +66,25 @@ def cross_contrastive(
     _check_columns("cross_contrastive", student, teacher, bank, keys, bank_keys)
     loss = contrastive.cross_contrastive_both_ways if symmetric else contrastive.cross_contrastive
     return loss(student, teacher, bank, keys, bank_keys, temperature, false_negative_margin)
+
+
+def cross_mse(
+    student: Float[Tensor, "b d"],
+    teacher: Float[Tensor, "b d"],
+    bank: Float[Tensor, "n d"] | None = None,
+    *,
+    keys: Int[Tensor, "b"] | None = None,
+    bank_keys: Int[Tensor, "n"] | None = None,
+) -> Float[Tensor, ""]:
+    """How well a student row's cosines to the teacher's vectors match those of its teacher row.
+
+    Equals the mean over i and all columns j of (s_i . b_j - t_i . b_j)^2, the own twin included: a column that is the same
+    text says what any other does. Keys are therefore checked and leave out nothing. Widths must be equal.
+    From moments of the width, (3.2 b + 1.2 n) d^2 FLOP with the gradient and O(d^2) memory; from tiles of the (b, b + n)
+    matrix where that is less. In float32 exact to 1e-5, next to the teacher too. On CUDA in float64.
+    """
+    _check_columns("cross_mse", student, teacher, bank, keys, bank_keys)
+    return moments.cross_mse(student, teacher, bank)
 
 
 def _check_columns(
@@ -163,3 +182,19 @@ class CrossContrastive(nn.Module):
     def extra_repr(self) -> str:
         margin = "" if self.false_negative_margin is None else f", false_negative_margin={self.false_negative_margin}"
         return f"temperature={self.temperature}, symmetric={self.symmetric}{margin}"
+
+
+class CrossMSE(nn.Module):
+    uses_bank: ClassVar[bool] = True
+    runs_on_shares: ClassVar[bool] = True
+
+    def forward(
+        self,
+        student: Float[Tensor, "b d"],
+        teacher: Float[Tensor, "b d"],
+        bank: Float[Tensor, "n d"] | None = None,
+        *,
+        keys: Int[Tensor, "b"] | None = None,
+        bank_keys: Int[Tensor, "n"] | None = None,
+    ) -> Float[Tensor, ""]:
+        return cross_mse(student, teacher, bank, keys=keys, bank_keys=bank_keys)
