@@ -14,8 +14,8 @@ from torch import Tensor
 from distill.streaming.columns import Columns
 from distill.streaming.engine import Buffer, UnitRows, exp_, operator, share_of, tiles, working_dtype
 
-# Elements of a chunk of whole matrix rows: 128 MB in float32; a divergence needs two such chunks.
-CHUNK = 2**25
+# Elements of a chunk of whole matrix rows, 128 MB in float32, and the fewest rows of one; a divergence needs two chunks.
+CHUNK, LEAST_ROWS = 2**25, 64
 # Elements that the passes over a chunk take at once, so that they stay in the cache between passes.
 BLOCK = 2**18
 # exp(16) p: where |delta| stays below, what p has lost to underflow is below 1e-24 of q.
@@ -201,7 +201,7 @@ def divergence(
 
 
 def _chunk_rows(columns: int, rows: int) -> int:
-    return min(max(CHUNK // max(columns, 1), 64), max(rows, 1))
+    return min(max(CHUNK // max(columns, 1), LEAST_ROWS), max(rows, 1))
 
 
 def _blocks(chunk: Float[Tensor, "b n"]) -> Iterator[tuple[int, int]]:
