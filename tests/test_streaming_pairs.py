@@ -10,6 +10,7 @@ import oracles
 import processes
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -247,6 +248,34 @@ def test_options_that_mean_nothing_are_refused() -> None:
             rank_hinge(student, teacher, margin=margin)
         with pytest.raises(ValueError, match="RankHinge takes a margin"):
             losses.RankHinge(margin=margin)
+
+
+def shares(sizes: list[int]) -> list[list]:
+    """In one of several processes: what differs from the whole batch, where shares are several tiles long."""
+    rank = dist.get_rank()
+    share = engine.Share(sizes, rank)
+    own = slice(share.start, share.start + sizes[rank])
+    torch.manual_seed(0)
+    student, teacher = with_copies(*inputs(sum(sizes)))
+    wrong = []
+    for tile, kept in ((1024, 2**25), (3, 20), (3, 2**25)):
+        engine.TILE, engine.KEPT = tile, kept
+        for name, (loss, _) in LOSSES.items():
+            if name != "rkd_angle at some anchors":  # their number must not depend on the share
+                value, gradient = value_and_gradient(loss, student, teacher)
+                with engine.sharing(share):
+                    leaf = student[own].requires_grad_(sizes[rank] > 0)
+                    ours = loss(leaf, teacher[own])
+                if sizes[rank]:
+                    error = (torch.autograd.grad(ours, leaf)[0] - gradient[own]).abs().max() / gradient.abs().max()
+                    wrong += [[name, tile, kept, float(error)]] if error > 1e-12 else []
+                wrong += [[name, tile, kept, ours.item(), value.item()]] if abs(ours - value) > 1e-14 else []
+    return wrong
+
+
+@pytest.mark.parametrize("sizes", [[11, 8], [5, 0, 9]])
+def test_shares_of_several_tiles_add_up_to_the_batch(sizes: list[int], tmp_path: Path) -> None:
+    assert processes.run(shares, len(sizes), tmp_path, sizes=sizes) == [[]] * len(sizes)
 
 
 def memory() -> dict[str, float]:
