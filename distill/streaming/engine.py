@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -93,12 +92,12 @@ class UnitRows:
 
     def __init__(self, raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> None:
         self.raw, self.dtype = raw, dtype
-        self._inverse, self._unit = None, None
+        self._unit: Tensor | None = None
         if raw.is_cuda or raw.numel() <= KEPT:
             self._inverse, self._unit = _unit_rows(raw, dtype)
         else:
             parts = [_inverse_lengths(raw[start:stop].to(dtype)) for start, stop in self.tiles()]
-            self._inverse = torch.cat(parts)
+            self._inverse = torch.cat([raw.new_empty((0, 1), dtype=dtype), *parts])
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -174,7 +173,7 @@ def exp_(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     if x.is_cuda:
         return x.exp_()
     lowest = -700.0 if x.dtype == torch.float64 else -80.0
-    return F.threshold_(x.clamp_(min=lowest).exp_(), math.exp(lowest + 0.1), 0.0)
+    return torch.threshold_(x.clamp_(min=lowest).exp_(), math.exp(lowest + 0.1), 0.0)
 
 
 class Buffer:
