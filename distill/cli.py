@@ -67,6 +67,7 @@ def _run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: l
             recipe = _parse(recipe_type, arguments, main.__doc__ or sys.modules[main.__module__].__doc__ or "")
             distributed.device()
             distributed.use_all_cores()
+            _warn_of_one_process()
             main(recipe)
             distributed.finish()
         return 0
@@ -204,6 +205,17 @@ def _way_on(recipe: Any) -> str:
     command = this_command()
     more = f" {flag}" if flag and flag not in shlex.split(command) else ""
     return f" To go on:\n  {command}{more}"
+
+
+def _warn_of_one_process() -> None:
+    """`accelerate launch --cpu --num_processes N` sets an address to meet at, and starts one process."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+    if launched and distributed.world_size() == 1:
+        print(
+            "Several processes were asked for and one was started, as `accelerate launch --cpu` does without an MPI host file. "
+            "For N processes on CPUs: accelerate launch --multi_gpu --num_processes N, or torchrun --nproc-per-node N.",
+            file=sys.stderr,
+        )
 
 
 def _explain(error: OSError) -> str:

@@ -237,20 +237,41 @@ def test_an_output_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Pa
             cli.record(Recipe(output=output), output)
 
 
-def test_a_lone_process_of_accelerate_launch_uses_all_cores(tmp_path: Path) -> None:
+@pytest.fixture
+def small_recipe(tmp_path: Path) -> Path:
     script = tmp_path / "threads.py"
     script.write_text(
         "import torch\nfrom distill import cli, distributed\nfrom dataclasses import dataclass\n"
         "@dataclass(frozen=True)\nclass Recipe:\n    pass\n"
-        "def main(recipe):\n    print('threads', torch.get_num_threads())\n"
+        "def main(recipe):\n    print('threads', torch.get_num_threads(), 'of', distributed.world_size(), 'processes')\n"
         "if __name__ == '__main__':\n    cli.run(main, Recipe)\n"
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", str(script)]
+    return script
+
+
+def test_a_lone_process_of_accelerate_launch_uses_all_cores(small_recipe: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", str(small_recipe)]
     for given, expected in ((None, len(os.sched_getaffinity(0))), ("2", 2)):
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         environment |= {"OMP_NUM_THREADS": given} if given else {}
         ran = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120, check=True)
         assert f"threads {expected}" in ran.stdout
+
+
+def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_told_of(small_recipe: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "WORLD_SIZE")}
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    for flags, processes in (
+        (["--cpu", "--num_processes=2"], 1),
+        (["--cpu"], 1),
+        (["--multi_gpu", "--num_processes=2"], 2),
+    ):
+        command = [*launch, *flags, "--main_process_port=0", str(small_recipe)]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+        assert f"of {processes} processes" in ran.stdout
+        assert ("accelerate launch --multi_gpu --num_processes N" in ran.stderr) == (
+            "--num_processes=2" in flags and processes == 1
+        )
 
 
 @pytest.mark.parametrize("kind", [*KINDS, Stopped])
