@@ -24,8 +24,10 @@ def rank_hinge(
     """
     share, dtype = share_of(student, shared), working_dtype(student)
     unit = normalize(share.everyone(student).double())
-    cosines, pairs = unit @ unit.T, torch.triu_indices(share.total, share.total, 1, device=student.device)
-    order = _Order(cosines[pairs[0], pairs[1]], _teacher_cosines(share.everyone(teacher))[pairs[0], pairs[1]], margin)
+    cosines = (unit @ unit.T).view(-1)
+    i, j = torch.triu_indices(share.total, share.total, 1, device=student.device)
+    pairs = i * share.total + j
+    order = _Order(cosines[pairs], _teacher_cosines(share.everyone(teacher)).view(-1)[pairs], margin)
     mine = slice(*(len(order.ranks) * place // len(share.sizes) for place in (share.rank, share.rank + 1)))
     raised, lowered = share.sum(order.active(mine))
     comparisons = order.lower.sum().clamp(min=1)
@@ -33,8 +35,8 @@ def rank_hinge(
     value = (margin * raised.sum().double() + net @ order.values) / comparisons
     gradient = student.new_zeros((len(student) if with_gradient else 0, student.shape[1]), dtype=dtype)
     if with_gradient:
-        i, j = pairs[:, order.places]
-        weights = cosines.zero_().index_put_((i, j), net / comparisons).to(dtype)
+        weights = cosines.zero_().scatter_(0, pairs[order.places], net / comparisons).to(dtype)
+        weights = weights.view(share.total, share.total)
         own = slice(share.start, share.start + len(student))
         torch.mm((weights + weights.T)[own], unit.to(dtype), out=gradient)
         UnitRows(student, dtype).through_norms(gradient)
@@ -73,15 +75,15 @@ class _Order:
         teacher, self.places = teacher.sort()
         self.values = student[self.places]
         ordered, places = self.values.sort()
-        self.ranks = torch.empty_like(places, dtype=torch.int32)
-        self.ranks[places] = torch.arange(len(places), dtype=torch.int32, device=places.device)
-        # Pairs tied by the teacher, places lower:upper, have no order among themselves.
-        self.lower = torch.searchsorted(teacher, teacher, out_int32=True)
-        self.upper = torch.searchsorted(teacher, teacher, out_int32=True, right=True)
-        # A hinge between a higher p and a lower q is active where student_p - margin < student_q.
-        floors = ordered - margin
-        self.reached = torch.searchsorted(ordered, floors, out_int32=True, right=True)
-        self.reaching = torch.searchsorted(floors, ordered, out_int32=True)
+        numbers = torch.arange(len(places), dtype=torch.int32, device=places.device)
+        self.ranks = torch.empty_like(numbers).scatter_(0, places, numbers)
+        self.lower, self.upper = _ties(teacher, numbers)
+        # A hinge between a higher p and a lower q is active where student_p - margin < student_q: where q's rank is
+        # `reached` of p or more, and p's rank below `reaching` of q.
+        self.reached = torch.searchsorted(ordered, ordered - margin, out_int32=True, right=True)
+        reaching = numbers.new_zeros(len(numbers) + 1)
+        reaching.scatter_add_(0, self.reached.long(), torch.ones_like(numbers))
+        self.reaching = reaching.cumsum(0, dtype=torch.int32)[:-1]
 
     def active(self, some: slice) -> Int[Tensor, "2 p"]:
         """Of some places, how many active hinges would raise the pair there, and how many lower it; 0 for the others."""
@@ -91,6 +93,15 @@ class _Order:
         counts = self.ranks.new_zeros((2, len(self.ranks)), dtype=torch.int64)
         counts[0, some], counts[1, some] = lower - first, above - last
         return counts
+
+
+def _ties(ordered: Float[Tensor, " p"], places: Int32[Tensor, " p"]) -> tuple[Int32[Tensor, " p"], Int32[Tensor, " p"]]:
+    """For each place the first of those whose numbers equal its own, and the one after the last."""
+    differs = ordered[1:] != ordered[:-1]
+    lower, upper = torch.zeros_like(places), torch.full_like(places, len(places))
+    lower[1:] = places[1:] * differs
+    upper[:-1] -= (len(places) - places[1:]) * differs
+    return lower.cummax(0).values, upper.flip(0).cummin(0).values.flip(0)
 
 
 def count_lower(
@@ -103,18 +114,25 @@ def count_lower(
     """
     count, places = torch.zeros_like(upto), torch.arange(len(ranks), dtype=torch.int32, device=ranks.device)
     zeros_before = ranks.new_zeros(len(ranks) + 1)
-    place = upto
     for level in reversed(range(len(ranks).bit_length())):
-        bit = 1 << level
-        torch.cumsum(ranks & bit == 0, 0, dtype=torch.int32, out=zeros_before[1:])
-        # All nodes to the left are full: half of what they hold are zeros.
-        node = limit & -(2 * bit)
-        zeros = zeros_before.index_select(0, place.view(-1)).view_as(place) - (node >> 1)
-        right = limit & bit != 0
-        count += zeros.where(right, 0)
-        place = torch.where(right, place - zeros + bit, node + zeros)
-        node = ranks & -(2 * bit)
-        zeros = zeros_before[:-1] - (node >> 1)
-        target = torch.where(ranks & bit != 0, places - zeros + bit, node + zeros)
-        ranks = torch.empty_like(ranks).scatter_(0, target.long(), ranks)
+        torch.cumsum((ranks >> level) & 1 ^ 1, 0, dtype=torch.int32, out=zeros_before[1:])
+        zeros = zeros_before.index_select(0, upto.view(-1)).view_as(upto)
+        upto, passed = _descend(limit, upto, zeros, level)
+        count += passed
+        ranks = torch.empty_like(ranks).scatter_(0, _descend(ranks, places, zeros_before[:-1], level)[0].long(), ranks)
     return count
+
+
+def _descend(
+    numbers: Int32[Tensor, "*any"], places: Int32[Tensor, "*any"], zeros: Int32[Tensor, "*any"], level: int
+) -> tuple[Int32[Tensor, "*any"], Int32[Tensor, "*any"]]:
+    """Where places in the nodes of some numbers are one level further down, and the zeros there that are left behind.
+
+    `zeros` stand before the places on this level. All nodes before a number's own are full: half of theirs are zeros.
+    """
+    right = (numbers >> level) & 1
+    node = (numbers >> (level + 1)) << (level + 1)
+    zeros = zeros - (node >> 1)
+    # node + zeros to the left, node + 2^level + the ones before the place to the right; torch.where takes four times as long
+    to_right = (places - node).add_(1 << level).sub_(zeros, alpha=2).mul_(right)
+    return node.add_(zeros).add_(to_right), zeros.mul_(right)
