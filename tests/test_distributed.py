@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distill import distributed, losses
 from distill.errors import DataError
 from distill.losses import WeightedSum
+from distill.streaming import engine
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "CosineDistance": losses.CosineDistance,
@@ -46,6 +48,7 @@ SIZES = {
     4: [[2, 2, 2, 2], [1, 0, 5, 2]],
 }
 WIDTH, ROWS, BANK = 6, 8, 5
+TILE = engine.TILE
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -82,11 +85,13 @@ def worst_errors(sizes: list[list[int]]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {"right": [], "local rows": [], "mean of means": []}
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         data = inputs(dtype)
-        for each in sizes:
+        for each, tile, batches in [(each, TILE, 1) for each in sizes] + [(sizes[-1], 3, 1), (sizes[0], TILE, 4)]:
+            engine.TILE = tile
             for name, names in cases():
-                error = _error(LOSSES[name](), data, each, names)
+                error = _error(LOSSES[name](), data, each, names, batches=batches)
                 if error > tolerance:
-                    found["right"].append([name, list(names), each, str(dtype), error])
+                    found["right"].append([name, list(names), each, tile, batches, str(dtype), error])
+    engine.TILE = TILE
     for each in sizes:
         found["local rows"].append(
             [_error(LOSSES[name](), data, each, (), _local_rows) for name in ("GramMSE", "GramKL")]
@@ -102,28 +107,42 @@ def _error(
     sizes: list[int],
     names: tuple[str, ...],
     scheme: Callable[..., Any] | None = None,
+    batches: int = 1,
 ) -> float:
-    """The larger of the errors of value and gradient against one process with all rows, relative to the gradient's size."""
+    """The larger of the errors of value and gradient against one process with all rows, relative to the gradient's size.
+
+    Several batches are accumulated; processes exchange gradients with the last.
+    """
     extra = columns_of(loss, data, names)
-    alone = linear(data)
-    expected = loss(alone(data["texts"]), data["teacher"], **extra)
-    expected.backward()
-    bounds = torch.tensor([0, *sizes]).cumsum(0)
-    mine = slice(int(bounds[distributed.rank()]), int(bounds[distributed.rank() + 1]))
     keys = extra.pop("keys", None)
-    model = DistributedDataParallel(linear(data)) if dist.is_initialized() else linear(data)
-    vectors = model(data["texts"][mine]) if sizes[distributed.rank()] else model(data["texts"][:1])[:0]
-    teacher = data["teacher"][mine]
-    if scheme:
-        value = scheme(loss, vectors, teacher)
-    else:
-        value = distributed.global_loss(loss, vectors, teacher, **extra, keys=None if keys is None else keys[mine])
-    value.backward()
+    alone, model = linear(data), DistributedDataParallel(linear(data)) if dist.is_initialized() else linear(data)
+    error = 0.0
+    for number in range(batches):
+        rows = torch.arange(ROWS).roll(number)
+        texts, teacher, own_keys = (
+            data["texts"][rows],
+            data["teacher"][rows],
+            {} if keys is None else {"keys": keys[rows]},
+        )
+        expected = loss(alone(texts), teacher, **extra, **own_keys) / batches
+        expected.backward()
+        bounds = torch.tensor([0, *sizes]).cumsum(0)
+        mine = slice(int(bounds[distributed.rank()]), int(bounds[distributed.rank() + 1]))
+        own_keys = {name: value[mine] for name, value in own_keys.items()}
+        alone_yet = dist.is_initialized() and number < batches - 1
+        with model.no_sync() if alone_yet else nullcontext():
+            vectors = model(texts[mine]) if sizes[distributed.rank()] else model(texts[:1])[:0]
+            if scheme:
+                value = scheme(loss, vectors, teacher[mine]) / batches
+            else:
+                value = distributed.global_loss(loss, vectors, teacher[mine], **extra, **own_keys) / batches
+            value.backward()
+        error = max(error, abs(value.item() - expected.item()) / max(1.0, abs(expected.item())))
     gradient = next(model.parameters()).grad
     assert gradient is not None
     assert alone.weight.grad is not None
     difference = (gradient - alone.weight.grad).abs().max() / alone.weight.grad.abs().max().clamp(min=1.0)
-    return max(float(difference), abs(value.item() - expected.item()) / max(1.0, abs(expected.item())))
+    return max(float(difference), error)
 
 
 def _local_rows(loss: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
