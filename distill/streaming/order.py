@@ -72,9 +72,9 @@ class _Order:
     """
 
     def __init__(self, student: Float[Tensor, " p"], teacher: Float[Tensor, " p"], margin: float) -> None:
-        teacher, self.places = teacher.sort()
+        teacher, self.places = teacher.sort(stable=True)  # every process sorts alike
         self.values = student[self.places]
-        ordered, places = self.values.sort()
+        ordered, places = self.values.sort(stable=True)
         numbers = torch.arange(len(places), dtype=torch.int32, device=places.device)
         self.ranks = torch.empty_like(numbers).scatter_(0, places, numbers)
         self.lower, self.upper = _ties(teacher, numbers)
