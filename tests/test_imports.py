@@ -63,6 +63,11 @@ ORDER = [
     "plots",
     "report",
     "config",
+    "benchmark.measuring",
+    "benchmark.naive",
+    "benchmark.cases",
+    "benchmark.arms",
+    "benchmark",
     "cli",
 ]
 LIFTABLE = {name for name in ORDER if name.startswith(("losses", "streaming"))} | {"similarity", "heads", "metrics"}

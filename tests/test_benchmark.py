@@ -1,0 +1,195 @@
+"""What distill is measured against computes what distill computes; and times, memory and tables are what they say."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill.benchmark import measuring
+from distill.benchmark.arms import ARMS, one_tile, ours, value
+from distill.benchmark.cases import Case
+from distill.benchmark.measuring import Spread
+from distill.benchmark.naive import ALL, NAIVE, ROW_BY_ROW, SAMPLE, WITH_BANK, Batch, exact_gradient, relative_error
+from distill.streaming import engine
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+CPU = torch.device("cpu")
+CASES = [(loss, data) for loss in NAIVE for data in ("easy", "hard")]
+SLOW_ARMS = ("torch.compile", "liger-kernel", "cut-cross-entropy")
+
+
+def case(loss: str, data: str = "easy", **changes: object) -> Case:
+    rows = {"rank_hinge": 20, "rkd_angle": 24}.get(loss, 40)
+    columns = rows + 30 if loss in WITH_BANK else rows
+    temperature = 0.05 if data == "easy" else 0.02
+    made = Case(
+        loss=loss,
+        rows=rows,
+        columns=columns,
+        width=16,
+        temperature=temperature,
+        dtype="float32",
+        data=data,
+        repeats=1,
+    )
+    return replace(made, **changes)
+
+
+def in_float64(batch: Batch) -> Batch:
+    return Batch(batch.student.detach().double().requires_grad_(), batch.columns.double(), batch.temperature)
+
+
+# What distill is measured against
+
+
+@pytest.mark.parametrize(("loss", "data"), CASES)
+def test_naive_losses_are_those_of_distill(loss: str, data: str) -> None:
+    batch = in_float64(case(loss, data).tuned(CPU).batch(CPU))
+    assert NAIVE[loss](batch, ALL).item() == pytest.approx(value(loss, batch).item(), rel=1e-5)
+    exact = exact_gradient(loss, batch)
+    assert exact is not None
+    assert relative_error(ours(loss, batch)(), exact) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arm", "loss"), [(arm, loss) for arm, (_, has) in ARMS.items() if arm not in SLOW_ARMS for loss in has]
+)
+def test_every_arm_gives_the_gradient(arm: str, loss: str) -> None:
+    if arm == "linear_cross_entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("torch 2.13 has it")
+    batch = case(loss).tuned(CPU).batch(CPU)
+    exact = exact_gradient(loss, batch)
+    assert exact is not None
+    step = ARMS[arm][0](loss, batch)
+    for gradient in (step(), step()):  # nothing is left over from the first
+        assert gradient.shape == batch.student.shape
+        assert relative_error(gradient, exact) < 1e-2
+    other = case(loss, noise=1.0).batch(CPU)
+    assert relative_error(ARMS[arm][0](loss, other)(), exact) > 0.1
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_gives_the_gradient() -> None:
+    batch = case("cross_contrastive").tuned(CPU).batch(CPU)
+    exact = exact_gradient("cross_contrastive", batch)
+    assert exact is not None
+    assert relative_error(ARMS["torch.compile"][0]("cross_contrastive", batch)(), exact) < 1e-2
+
+
+@pytest.mark.parametrize("loss", ROW_BY_ROW)
+def test_the_reference_of_many_rows_is_a_sample(loss: str) -> None:
+    rows, columns = 3 * SAMPLE, 3 * SAMPLE + (17 if loss in WITH_BANK else 0)
+    batch = in_float64(case(loss, rows=rows, columns=columns, noise=0.3).batch(CPU))
+    exact = exact_gradient(loss, batch)
+    assert exact is not None
+    assert exact[0].tolist() == [*range(SAMPLE // 2), *range(rows - SAMPLE // 2, rows)]
+    assert relative_error(ARMS["naive"][0](loss, batch)(), exact) < 1e-9
+
+
+def test_the_reference_goes_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for loss in ("symmetric", "gram_kl", "similarity_preserving", "rkd_angle", "rank_hinge"):
+        batch = case(loss, noise=0.3).batch(CPU)
+        monkeypatch.setattr("distill.benchmark.naive.PIECE", 2**30)
+        whole = exact_gradient(loss, batch)
+        monkeypatch.setattr("distill.benchmark.naive.PIECE", 700)
+        pieces = exact_gradient(loss, batch)
+        assert whole is not None
+        assert pieces is not None
+        torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_a_reference_that_would_take_too_long_is_none() -> None:
+    assert exact_gradient("rank_hinge", case("rank_hinge", rows=400, columns=400).batch(CPU)) is None
+
+
+@pytest.mark.parametrize(("loss", "data"), CASES)
+def test_rows_have_the_loss_that_their_data_asks_for(loss: str, data: str) -> None:
+    found = float(value(loss, case(loss, data, width=128).tuned(CPU).batch(CPU)).detach())
+    asked = {"easy": 1e-2 if loss == "rank_hinge" else 1e-4, "hard": 1e-9}[data]
+    if (loss, data) == ("rank_hinge", "hard"):
+        assert 0 < found < 1e-2
+    else:
+        assert asked / 3 < found < 3 * asked
+
+
+def test_one_tile_is_put_back() -> None:
+    before = engine.TILE
+    with one_tile():
+        assert before < engine.TILE
+    assert before == engine.TILE
+
+
+# Measuring
+
+
+def test_calls_take_turns() -> None:
+    seen: list[str] = []
+    calls = {name: lambda name=name: seen.append(name) for name in "abc"}
+    times = measuring.in_turns(calls, 4, CPU)
+    assert "".join(seen) == "abcbcacababc"
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_milliseconds() -> None:
+    assert 20 <= measuring.milliseconds(lambda: time.sleep(0.02), CPU) < 2000
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+def who() -> tuple[int, int]:
+    return os.getpid(), torch.get_num_threads()
+
+
+def end() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def complain(about: str) -> None:
+    raise ValueError(about)
+
+
+def test_apart_is_another_process_of_as_many_threads() -> None:
+    process, threads = measuring.apart(who)
+    assert process != os.getpid()
+    assert threads == torch.get_num_threads()
+    with pytest.raises(ValueError, match="broken"):
+        measuring.apart(complain, "broken")
+    with pytest.raises(MemoryError, match="killed"):
+        measuring.apart(end)
+
+
+def extra(megabytes: int, kept: int) -> int | None:
+    like = torch.zeros(kept, 2**18)
+
+    def call() -> torch.Tensor:
+        for _ in range(2):  # one after the other: the peak is of one
+            torch.ones(megabytes, 2**18)
+        return torch.ones_like(like)
+
+    return measuring.extra_bytes(call, like)
+
+
+@pytest.mark.parametrize(("megabytes", "kept"), [(100, 1), (0, 100), (60, 100), (140, 100)])
+def test_extra_bytes_are_the_peak_beyond_the_result(megabytes: int, kept: int) -> None:
+    found = measuring.apart(extra, megabytes, kept)
+    if found is None:
+        pytest.skip("no /proc")
+    assert found / 2**20 == pytest.approx(max(0, megabytes - kept), abs=6)
+
+
+def test_a_table() -> None:
+    rows = [{"a": "1", "b": ""}, {"a": "2", "b": "x"}]
+    assert measuring.markdown(rows) == "| a | b |\n| --- | --- |\n| 1 |  |\n| 2 | x |"
+
+
+def test_the_machine_names_versions_and_the_date() -> None:
+    found = measuring.machine("einops", "no-such-package")
+    assert f"torch {torch.__version__}" in found
+    assert "einops" in found
+    assert "no-such-package" not in found
