@@ -59,9 +59,13 @@ SMALL = {
         "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}"
     },
     "classify": {"all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --steps 20 --shots 8"},
+    "bench_losses": {
+        "all": "--losses cross_contrastive gram_mse rank_hinge --shapes 24 24 24 40 --width 32 --repeats 2 "
+        "--arms naive attention one-tile distill liger-kernel"
+    },
 }
 VARIANTS = [(recipe, variant) for recipe, variants in SMALL.items() for variant in variants]
-STUDENTS = [(recipe, variant) for recipe, variant in VARIANTS if recipe not in ("classify", "evaluate")]
+STUDENTS = [(recipe, variant) for recipe, variant in VARIANTS if recipe not in ("classify", "evaluate", "bench_losses")]
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ def add_small_runs() -> None:
         launchers = {"one": PYTHON, "two": [*TORCHRUN, str(29610 + number)]}
         for processes, launcher in launchers.items():
             place = f"{name}-{processes}"
-            own = "" if recipe == "classify" else f" --store stores/{place}"
+            own = "" if recipe in ("classify", "bench_losses") else f" --store stores/{place}"
             JOBS[place] = lambda s, r=recipe, f=flags + own, p=place, la=launcher: s.run(r, f, p, la)
 
 
@@ -236,6 +240,8 @@ BAD = {
         ["cosine or contrastive above 0"],
     ),
     "temperature": ("keep_index", "--documents x --temperature 0", 2, ["--temperature is above 0, got 0.0"]),
+    "no such arm": ("bench_losses", "--arms nave", 2, ["--arms knows naive, torch.compile", "got nave"]),
+    "fewer columns": ("bench_losses", "--shapes 20 10", 2, ["as many columns as rows or more; got ((20, 10),)"]),
     "no proxies": ("classify", "--train-data x --test-data x --proxies 0", 2, ["--proxies must be above 0"]),
     "impossible": (
         "match_embeddings",
@@ -439,6 +445,32 @@ def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
     assert report["accuracy"]["low"] <= report["accuracy"]["value"] <= report["accuracy"]["high"]
     assert report["accuracy"]["value"] > 2 / report["classes"]
     assert f"accuracy {report['accuracy']['value']:.3f}" in ran.out
+
+
+def test_bench_losses_shows_what_it_measured(session: Session) -> None:
+    ran = session("bench_losses-all-one").all_is_well()
+    assert {path.name for path in ran.output.iterdir()} == {"recipe.json", "bench.json"}
+    report = ran.json("bench.json")
+    rows = report["rows"]
+    shapes = [(row["case"]["loss"], row["case"]["rows"], row["case"]["columns"]) for row in rows]
+    banks = [("cross_contrastive", 24, columns) for columns in (24, 40) for _ in range(2 * 5)]
+    assert shapes == [*banks, *[("gram_mse", 24, 24)] * 4, *[("rank_hinge", 24, 24)] * 4]
+    assert [row["arm"] for row in rows[:5]] == ["2 x torch.mm", "naive", "attention", "one-tile", "distill"]
+    for row in rows:
+        assert len(row["milliseconds"]) == 2
+        assert min(row["milliseconds"]) > 0
+        assert row["arm"] == "2 x torch.mm" or row["extra_bytes"] is None or row["extra_bytes"] < 2**25
+        assert row["arm"] != "distill" or row["error"] < 1e-4
+    assert report["left_out"] == ["liger-kernel: runs on CUDA alone"]
+    assert "Left out: liger-kernel: runs on CUDA alone." in ran.out
+    table = [line for line in ran.out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(rows)
+    assert "recipes/bench_losses.py" in ran.out.splitlines()[len(table) + 1]
+
+
+def test_bench_losses_is_of_one_process(session: Session) -> None:
+    ran = session("bench_losses-all-two")
+    assert "error: bench_losses measures one process: add --num_processes 1" in ran.err
 
 
 def test_a_second_run_computes_no_teacher_vector_and_starts_over(session: Session) -> None:
