@@ -124,6 +124,18 @@ def test_float32_is_exact_to_1e5_where_autograd_is_not(name: str) -> None:
     assert (ours - truth).norm() <= 1e-5 * truth.norm()
 
 
+@every_loss
+def test_a_matmul_precision_that_somebody_set_does_not_reach_the_losses(case: Case) -> None:
+    student, teacher = inputs(case, 64, torch.float32, d=64)
+    plain = gradient(lambda s: case(s, teacher), student)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(gradient(lambda s: case(s, teacher), student), plain)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.01, 0.001])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_student_opposite_to_everything_has_a_loss(temperature: float, symmetric: bool) -> None:
