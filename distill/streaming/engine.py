@@ -63,9 +63,9 @@ def _in_full_precision(compute: Callable[..., tuple[Tensor, Tensor]]) -> Callabl
 @contextmanager
 def _without_rounding() -> Iterator[None]:
     """Products of float32 in float32: at temperature .02 a cosine in TF32 puts a logit off by .02, in bf16 by .2."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    rounding = [(backend, getattr(backend, "fp32_precision", "none")) for backend in backends]  # since torch 2.9
-    rounding = [(backend, precision) for backend, precision in rounding if precision not in ("none", "ieee")]
+    backends: list[Any] = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    precisions = [(backend, getattr(backend, "fp32_precision", "none")) for backend in backends]  # since torch 2.9
+    rounding = [(backend, precision) for backend, precision in precisions if precision not in ("none", "ieee")]
     for backend, _ in rounding:
         backend.fp32_precision = "ieee"
     try:
