@@ -298,7 +298,7 @@ def row(one: Measured, device: torch.device) -> dict[str, str]:
         "ratio": f"{ratio.median:.2f}{unit} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "",
         "goal": goals[device.type == "cuda"] if goals and one.arm == "distill" else "",
         "memory": "" if one.extra_bytes is None else f"{one.extra_bytes / 2**20:,.0f} MB",
-        "gradient error": "" if one.error is None else f"{one.error:.0e}",
+        "gradient error": "" if one.error is None else f"{one.error:.1e}",
     }
 
 
