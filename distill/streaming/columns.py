@@ -8,10 +8,31 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.streaming.engine import Share, UnitRows
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What is no column of some rows: the twin, column `twin` of the first row, and columns of the row's key, if there are keys."""
+
+    twin: int
+    keys: Int[Tensor, " b"] | None = None
+    column_keys: Int[Tensor, " n"] | None = None
+
+    def fill_(self, matrix: Float[Tensor, "b n"]) -> None:
+        """Put -inf there."""
+        if self.keys is not None and self.column_keys is not None:
+            same_text = rearrange(self.keys, "b -> b 1") == rearrange(self.column_keys, "n -> 1 n")
+            matrix.masked_fill_(same_text, -torch.inf)
+        if -len(matrix) < self.twin < matrix.shape[1]:
+            matrix.diagonal(self.twin).fill_(-torch.inf)
+
+    def mirrored(self) -> "LeftOut":
+        """Of the transposed matrix."""
+        return LeftOut(-self.twin, self.column_keys, self.keys)
 
 
 @dataclass(frozen=True)
@@ -49,17 +70,8 @@ class Columns:
             for start, stop in rows.tiles(size):
                 yield Tile(first + start, rows.tile(start, stop), None if keys is None else keys[start:stop])
 
-    def left_out(self, rows: slice, tile: Tile) -> Bool[Tensor, "b n"] | None:
-        """Which columns of the tile carry the key of each row; None where there are no keys."""
+    def left_out(self, rows: slice, tile: Tile) -> LeftOut:
+        twin = self.share.start + rows.start - tile.start
         if self.keys is None or tile.keys is None:
-            return None
-        return rearrange(self.keys[rows], "b -> b 1") == rearrange(tile.keys, "n -> 1 n")
-
-    def leave_out(self, matrix: Float[Tensor, "b n"], rows: slice, tile: Tile) -> None:
-        """Put -inf, in place, where a column is the twin of a row or another column of its text."""
-        same_text = self.left_out(rows, tile)
-        if same_text is not None:
-            matrix.masked_fill_(same_text, -torch.inf)
-        offset = self.share.start + rows.start - tile.start  # of the row's twin among the tile's columns
-        if -len(matrix) < offset < matrix.shape[1]:
-            matrix.diagonal(offset).fill_(-torch.inf)
+            return LeftOut(twin)
+        return LeftOut(twin, self.keys[rows], tile.keys)

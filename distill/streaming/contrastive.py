@@ -8,11 +8,12 @@ loses its digits once the loss is small. "Excess" below is log Z_i - l_ii: the l
 from collections.abc import Iterator
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from distill.streaming import engine
-from distill.streaming.columns import Columns, Tile
+from distill.streaming.columns import Columns, LeftOut, Tile
 from distill.streaming.engine import Buffer, Share, UnitRows, exp_, operator, share_of, tiles, working_dtype
 
 # Where all logits lie in a range of 148, which is so for temperatures from .0136 up, one shift serves every row: all
@@ -37,10 +38,10 @@ def cross_contrastive(
     matrix = _Matrix(share, student, teacher, bank, keys, bank_keys, temperature, false_negative_margin)
     sums = _Sums(matrix.positives, temperature)
     gradient = matrix.new_gradient(with_gradient)
-    for tile in matrix.columns.tiles():
+    for tile in matrix.column_tiles():
         for rows in matrix.row_tiles():
-            powers = matrix.logits(rows, tile)
-            shrink = sums.add(rows, powers)
+            powers, left_out = matrix.logits(rows, tile)
+            shrink = sums.add(rows, powers, left_out)
             if with_gradient:
                 if shrink is not None:
                     gradient[rows] *= shrink
@@ -87,12 +88,14 @@ def _both_excesses(matrix: "_Matrix") -> tuple[Float[Tensor, "b 1"], Float[Tenso
     """Of the own rows over all columns, and of all batch columns over everyone's rows."""
     rows, columns = _Sums(matrix.positives, matrix.temperature), _Sums(matrix.all_positives, matrix.temperature)
     copy = matrix.new_buffer()
-    for tile in matrix.columns.tiles():
+    for tile in matrix.column_tiles():
         for part in matrix.row_tiles():
-            logits = matrix.logits(part, tile)
-            if matrix.asks(tile):
-                columns.add(tile.place, copy(*logits.shape).copy_(logits).T)
-            rows.add(part, logits)
+            logits, left_out = matrix.logits(part, tile)
+            if matrix.asks(tile) and not columns.fixed:
+                columns.add(tile.place, copy(*logits.shape).copy_(logits).T, left_out.mirrored())
+            rows.add(part, logits, left_out)
+            if matrix.asks(tile) and columns.fixed:  # one shift for all: these are the powers of the columns too
+                columns.total[tile.place] += rearrange(logits.sum(0), "n -> n 1")
     columns.over_processes(matrix.share)
     return rows.excess(), columns.excess()
 
@@ -102,16 +105,31 @@ def _add_both_directions(
 ) -> None:
     """The softmax over each row and over each batch column, times the columns; the sums are their log-sum-exps."""
     copy = matrix.new_buffer()
-    for tile in matrix.columns.tiles():
+    for tile in matrix.column_tiles():
+        sums = column_sums[tile.place] if matrix.asks(tile) else None
         for part in matrix.row_tiles():
-            logits = matrix.logits(part, tile)
-            mirrored = copy(*logits.shape)
-            if matrix.asks(tile):
-                exp_(torch.sub(logits, column_sums[tile.place].T, out=mirrored))
-            exp_(logits.sub_(row_sums[part]))
-            if matrix.asks(tile):
-                logits += mirrored
+            logits, left_out = matrix.logits(part, tile)
+            _both_softmaxes_(logits, row_sums[part], sums, left_out, copy)
             gradient[part].addmm_(logits, tile.rows)
+
+
+def _both_softmaxes_(
+    logits: Float[Tensor, "t n"],
+    row_sums: Float[Tensor, "t 1"],
+    column_sums: Float[Tensor, "n 1"] | None,
+    left_out: LeftOut,
+    copy: Buffer,
+) -> None:
+    """Logits become the softmax over rows plus that over columns, if these have sums."""
+    if kernels := engine.kernels_for(logits):
+        kernels.both_softmaxes_(logits, row_sums, column_sums, **vars(left_out))
+        return
+    left_out.fill_(logits)
+    if column_sums is None:
+        exp_(logits.sub_(row_sums))
+        return
+    mirrored = exp_(torch.sub(logits, column_sums.T, out=copy(*logits.shape)))
+    exp_(logits.sub_(row_sums)).add_(mirrored)
 
 
 class _Matrix:
@@ -132,15 +150,19 @@ class _Matrix:
         self.share, self.temperature, self.margin = share, temperature, false_negative_margin
         self.student, self.teacher = UnitRows(student, dtype), UnitRows(teacher, dtype)
         self.columns = Columns(share, self.teacher, bank, keys, bank_keys)
+        self._tile_sizes = engine.tile_sizes(student)
         self.positives = self._positives()
         self.all_positives = share.everyone(self.positives)
         self._buffer, self._teacher_buffer = self.new_buffer(), self.new_buffer() if self.margin else None
 
     def row_tiles(self) -> Iterator[slice]:
-        return (slice(*bounds) for bounds in self.student.tiles())
+        return (slice(*bounds) for bounds in self.student.tiles(self._tile_sizes[0]))
+
+    def column_tiles(self) -> Iterator[Tile]:
+        return self.columns.tiles(self._tile_sizes[1])
 
     def new_buffer(self) -> Buffer:
-        elements = min(engine.TILE, len(self.student)) * min(engine.TILE, self.columns.count)
+        elements = min(self._tile_sizes[0], len(self.student)) * min(self._tile_sizes[1], self.columns.count)
         return Buffer(elements, self.student.raw, self.student.dtype)
 
     def new_gradient(self, wanted: bool) -> Float[Tensor, "b d"]:
@@ -151,17 +173,16 @@ class _Matrix:
         """Whether the tile's columns look for their students; those of the bank have none."""
         return tile.start < self.share.total
 
-    def logits(self, rows: slice, tile: Tile) -> Float[Tensor, "t n"]:
-        """-inf where a column is no negative of a row. In a buffer that the next call overwrites."""
+    def logits(self, rows: slice, tile: Tile) -> tuple[Float[Tensor, "t n"], LeftOut]:
+        """And which are no negatives, besides those that the margin made -inf. In a buffer that the next call overwrites."""
         student = self.student.tile(rows.start, rows.stop)
         logits = self._buffer(len(student), len(tile.rows))
         torch.addmm(logits, student, tile.rows.T, beta=0, alpha=1 / self.temperature, out=logits)
-        self.columns.leave_out(logits, rows, tile)
         if self.margin and self._teacher_buffer:
             cosines = self._teacher_buffer(*logits.shape)
             torch.mm(self.teacher.tile(rows.start, rows.stop), tile.rows.T, out=cosines)
             logits.masked_fill_(cosines > 1 - self.margin, -torch.inf)
-        return logits
+        return logits, self.columns.left_out(rows, tile)
 
     def mean(self, values: Float[Tensor, "b 1"]) -> Float[Tensor, ""]:
         """Over the rows of all processes."""
@@ -192,9 +213,12 @@ class _Sums:
         self.shift = torch.full_like(positives, 1 / temperature - HEADROOM) if self.fixed else positives.clone()
         self.total = torch.zeros_like(positives)
 
-    def add(self, rows: slice, logits: Float[Tensor, "t n"]) -> Float[Tensor, "t 1"] | None:
+    def add(self, rows: slice, logits: Float[Tensor, "t n"], left_out: LeftOut) -> Float[Tensor, "t 1"] | None:
         """Turn logits into exp(logit - shift), in place, and add them; returns the factor of what was added before, if not 1."""
         shift, total = self.shift[rows], self.total[rows]
+        if kernels := engine.kernels_for(logits):
+            return kernels.powers_(logits, shift, total, **vars(left_out), running=not self.fixed)
+        left_out.fill_(logits)
         shrink = None
         if not self.fixed:
             highest = torch.maximum(shift, logits.amax(-1, keepdim=True))

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from distill.streaming import engine
 from distill.streaming.columns import Columns
 from distill.streaming.engine import Buffer, UnitRows, exp_, operator, share_of, tiles, working_dtype
 
@@ -50,7 +51,7 @@ def cross_kl(
             piece = logits[:, tile.place]
             torch.mm(teacher_rows, tile.rows.T, out=piece)
             torch.mm(difference, tile.rows.T, out=delta[:, tile.place])
-            columns.leave_out(piece, slice(start, stop), tile)
+            columns.left_out(slice(start, stop), tile).fill_(piece)
         near = torch.linalg.vector_norm(difference, dim=-1, keepdim=True) <= NEAR  # no |delta| is larger
         total += divergence(logits, delta, near)
         if with_gradient:
@@ -158,6 +159,10 @@ def _row_sums(
     logits: Float[Tensor, "b n"], delta: Float[Tensor, "b n"], near: bool
 ) -> tuple[Tensor, Float[Tensor, "b 2"]]:
     """The divergence of each row, and what its softmaxes are divided by: (log-sum-exp, w) if near, else both log-sum-exps."""
+    if not near and (kernels := engine.kernels_for(logits)):
+        nowhere = torch.zeros_like(logits[:, :1], dtype=torch.bool)
+        value, sums = kernels.divergence_rows(logits, delta, nowhere, into_delta=False).split([1, 2], -1)
+        return value.clamp(min=0), sums
     p, teacher_sum = softmax_(logits.clone())
     if not near:
         _, student_sum = softmax_(logits + delta)
@@ -176,6 +181,9 @@ def _both_directions(
     near: bool,
 ) -> None:
     """delta becomes (q - p) of the rows plus that of the columns."""
+    if not near and (kernels := engine.kernels_for(logits)):
+        kernels.both_differences_(logits, delta, rows, columns)
+        return
     p, p_of_columns = exp_(logits - rows[:, :1]), exp_(logits - columns[:1])
     if not near:
         student = logits + delta
@@ -194,6 +202,9 @@ def divergence(
 
     -inf in `logits` leaves a column out of its row; a row of nothing else counts 0.
     """
+    if kernels := engine.kernels_for(logits):
+        value, _, w = kernels.divergence_rows(logits, delta, near, into_delta=True).split(1, -1)
+        return torch.where(near, value + _log1p_minus(w), value).clamp(min=0).sum()
     total = logits.new_zeros(())
     for start, stop in _blocks(logits):
         total += _block(logits[start:stop], delta[start:stop], near[start:stop])
@@ -205,7 +216,8 @@ def _chunk_rows(columns: int, rows: int) -> int:
 
 
 def _blocks(chunk: Float[Tensor, "b n"]) -> Iterator[tuple[int, int]]:
-    return tiles(len(chunk), max(1, BLOCK // max(chunk.shape[1], 1)))
+    size = len(chunk) if engine.kernels_for(chunk) else BLOCK // max(chunk.shape[1], 1)  # a kernel's pass is one
+    return tiles(len(chunk), max(1, size))
 
 
 def _block(logits: Float[Tensor, "b n"], delta: Float[Tensor, "b n"], near: Bool[Tensor, "b 1"]) -> Float[Tensor, ""]:
