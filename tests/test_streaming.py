@@ -23,6 +23,7 @@ from distill.streaming import divergence, engine
 # How a problem is cut that is too large for memory.
 GEOMETRIES = {
     "tiles of 3": [(engine, "TILE", 3)],
+    "tiles of 3 by 7": [(engine, "tile_sizes", lambda rows: (3, 7))],
     "nothing kept": [(engine, "KEPT", 0)],
     "small chunks": [(divergence, "LEAST_ROWS", 2), (divergence, "CHUNK", 1), (divergence, "BLOCK", 1)],
 }
