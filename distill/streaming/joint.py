@@ -11,13 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.similarity import row_lengths
-from distill.streaming.engine import Buffer, Share, tiles, working_dtype
+from distill.streaming.engine import PASS, Buffer, Share, tiles, working_dtype
 
 # Columns of a block of the moments, of which only those on and above the diagonal are multiplied. At width 2 * 768 on one
 # core of an EPYC, against the whole product: blocks of 768 take .76 of its time, 512 .68, 256 .61, 192 .61.
 BLOCK = 256
-# Rows whose float64 copies stay in the cache between passes: whole tiles of them took 3 times as long.
-PASS = 128
 
 
 class Rows:
