@@ -25,7 +25,12 @@ GEOMETRIES = {
     "tiles of 3": [(engine, "TILE", 3)],
     "tiles of 3 by 7": [(engine, "tile_sizes", lambda rows: (3, 7))],
     "nothing kept": [(engine, "KEPT", 0)],
-    "small chunks": [(divergence, "LEAST_ROWS", 2), (divergence, "CHUNK", 1), (divergence, "BLOCK", 1)],
+    "small chunks": [
+        (divergence, "LEAST_ROWS", 2),
+        (divergence, "LARGEST_CHUNK", 40),
+        (divergence, "CHUNK", 1),
+        (divergence, "BLOCK", 1),
+    ],
 }
 
 
@@ -270,7 +275,7 @@ import resource, sys, torch
 from distill import losses
 from distill.streaming import divergence
 torch.set_num_threads(1)
-divergence.CHUNK = 2**22
+divergence.LARGEST_CHUNK = 2**22
 n, d = 8192, 16
 loss = getattr(losses, sys.argv[1])
 student, teacher = torch.randn(n, d, requires_grad=True), torch.randn(n, d)

@@ -30,7 +30,7 @@ def cross_kl(
     the columns B, without column i (it says only "you are you") and without columns of row i's key. A row with no
     column left counts 0. Not multiplied by temperature^2: its gradient grows as 1 / temperature.
     Widths must be equal. Three products of (b, b + n, d) with the gradient; O((b + n) d) memory and two chunks of rows
-    of the matrix, 256 MB together up to half a million columns. Hinton et al. 2015; Fang et al. 2021 (SEED).
+    of the matrix: 32 MB together, 512 MB at 262,144 columns and above. Hinton et al. 2015; Fang et al. 2021 (SEED).
     """
     check_temperatures("cross_kl", temperature, teacher_temperature)
     _check_columns("cross_kl", student, teacher, bank, keys, bank_keys)

@@ -34,7 +34,7 @@ def gram_kl(
     the cosines of row i to every *other* row: kept, the diagonal would hold .9999 of a row at temperature .02. A batch
     of one counts 0. Not multiplied by temperature^2. Widths may differ.
     Two products of (b, b, d) and one of (b, b, e) with the gradient, at most twice that; O(b (d + e)) memory and two
-    chunks of rows of the matrix, 256 MB together. Park et al. 2019; Fang et al. 2021 (SEED).
+    chunks of rows of the matrix: 256 MB together, 512 MB at 262,144 rows and above. Park et al. 2019; Fang et al. 2021 (SEED).
     """
     check_temperatures("gram_kl", temperature, teacher_temperature)
     check_pairs("gram_kl", student, teacher)
