@@ -132,6 +132,11 @@ def global_loss(
     loss of all rows on every process.
     """
     columns: dict[str, Tensor | None] = {}
+    if bank is not None and not getattr(loss, "uses_bank", False):
+        raise ValueError(
+            f"global_loss got a bank for {getattr(loss, '__name__', type(loss).__name__)}, which has no `uses_bank`. Give "
+            "the Module of a loss that takes one: CrossKL(), not cross_kl."
+        )
     if getattr(loss, "uses_bank", False):
         columns = {"bank": bank, "keys": keys, "bank_keys": bank_keys}
     if world_size() == 1:

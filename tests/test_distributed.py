@@ -206,7 +206,16 @@ def _message(action: Callable[[], Any]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def only_the_first_wants_a_gradient() -> None:
+    """In one of several processes: none waits for a collective that another leaves out."""
+    for name, make in LOSSES.items():
+        student, teacher = torch.randn(6, WIDTH), torch.randn(6, WIDTH)
+        student.requires_grad_(distributed.is_main())
+        assert distributed.global_loss(make(), student, teacher).isfinite(), name
+
+
 def everything(sizes: list[list[int]]) -> dict[str, Any]:
+    only_the_first_wants_a_gradient()
     return {"errors": worst_errors(sizes), "collectives": collectives()}
 
 
@@ -251,6 +260,12 @@ def test_collectives(spawned: list[dict[str, Any]]) -> None:
         shares = [result["share"][place] for result in found]
         assert [row for share in shares for row in share] == [*range(count)]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_bank_for_a_function_is_refused_rather_than_dropped() -> None:
+    rows = torch.randn(3, 2)
+    with pytest.raises(ValueError, match=r"cross_kl, which has no `uses_bank`.* CrossKL\(\), not cross_kl"):
+        distributed.global_loss(losses.cross_kl, rows, rows, bank=rows)
 
 
 def test_one_process_needs_no_group() -> None:

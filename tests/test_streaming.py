@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill import distributed, losses
 from distill.losses import cosine_distance, cross_contrastive, cross_kl, gram_kl
+from distill.losses.cross import check_temperatures
 from distill.streaming import divergence, engine
 
 # How a problem is cut that is too large for memory.
@@ -291,3 +292,18 @@ def test_the_matrix_is_never_in_memory(name: str) -> None:
     """8,192 x 8,192 in float32 is 256 MB; two chunks of a divergence are 32 MB here."""
     ran = subprocess.run([sys.executable, "-c", MEMORY, name], capture_output=True, text=True, check=True, timeout=300)
     assert int(ran.stdout) < 64
+
+
+@every_loss
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_nan_stays_nan(case: Case, side: str) -> None:
+    student, teacher = inputs(case, 8)
+    (student if side == "student" else teacher)[3, 2] = torch.nan
+    assert case(student, teacher).isnan()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_learned_temperature_is_refused_rather_than_left_without_gradient() -> None:
+    temperature: Any = torch.tensor(0.05, requires_grad=True)
+    with pytest.raises(TypeError, match="it is not learned"):
+        check_temperatures("cross_kl", temperature)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill import losses
 from distill.benchmark.naive import ALL, NAIVE, WITH_BANK, WITH_TEMPERATURE, Batch, twins, unit
-from distill.streaming import divergence, engine
+from distill.streaming import divergence, engine, pairs
 
 Gradient = Callable[[], Tensor]
 # Rows that sentence-transformers encodes, and takes the loss of, at once. Its default of 32 is slower.
@@ -50,12 +50,12 @@ def untiled(loss: str, batch: Batch) -> Gradient:
 
 @contextmanager
 def one_tile() -> Iterator[None]:
-    before = engine.TILE, divergence.CHUNK
-    engine.TILE = divergence.CHUNK = 2**40
+    before = engine.TILE, divergence.CHUNK, pairs.SIDE
+    engine.TILE = divergence.CHUNK = pairs.SIDE = 2**40
     try:
         yield
     finally:
-        engine.TILE, divergence.CHUNK = before
+        engine.TILE, divergence.CHUNK, pairs.SIDE = before
 
 
 # torch

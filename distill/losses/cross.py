@@ -7,6 +7,7 @@ where a row and a column carry the same key they are the same text, and the colu
 import math
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ def cross_kl(
     the columns B, without column i (it says only "you are you") and without columns of row i's key. A row with no
     column left counts 0. Not multiplied by temperature^2: its gradient grows as 1 / temperature.
     Widths must be equal. Three products of (b, b + n, d) with the gradient; O((b + n) d) memory and two chunks of rows
-    of the matrix: 32 MB together, 512 MB at 262,144 columns and above. Hinton et al. 2015; Fang et al. 2021 (SEED).
+    of the matrix: on a CPU 32 MB together, growing to 512 MB at 262,144 columns; on a GPU 512 MB. Hinton et al. 2015; Fang et al. 2021 (SEED).
     """
     check_temperatures("cross_kl", temperature, teacher_temperature)
     _check_columns("cross_kl", student, teacher, bank, keys, bank_keys)
@@ -58,11 +59,7 @@ def cross_contrastive(
     of (b, b + n, d) with the gradient, three if symmetric, O((b + n) d) memory. van den Oord et al. 2018.
     """
     check_temperatures("cross_contrastive", temperature)
-    if false_negative_margin is not None and not 0 < false_negative_margin < 2:
-        raise ValueError(
-            f"cross_contrastive takes a false_negative_margin between 0 and 2 (of cosine), got {false_negative_margin}. "
-            "Try 0.05; None leaves no column out."
-        )
+    _check_margin("cross_contrastive", false_negative_margin)
     _check_columns("cross_contrastive", student, teacher, bank, keys, bank_keys)
     loss = contrastive.cross_contrastive_both_ways if symmetric else contrastive.cross_contrastive
     return loss(student, teacher, bank, keys, bank_keys, temperature, false_negative_margin)
@@ -102,15 +99,25 @@ def _check_columns(
 
 
 def _check_keys(caller: str, name: str, keys: Tensor | None, rows: int) -> None:
-    if keys is not None and (keys.shape != (rows,) or keys.is_floating_point()):
+    if keys is not None and (keys.shape != (rows,) or keys.is_floating_point() or keys.dtype == torch.bool):
         raise ValueError(
             f"{caller} needs one integer of {name} for each of {rows} rows, got {keys.dtype} {tuple(keys.shape)}."
+        )
+
+
+def _check_margin(caller: str, margin: float | None) -> None:
+    if margin is not None and not 0 < margin < 2:
+        raise ValueError(
+            f"{caller} takes a false_negative_margin between 0 and 2 (of cosine), got {margin}. "
+            "Try 0.05; None leaves no column out."
         )
 
 
 def check_temperatures(caller: str, temperature: float, teacher_temperature: float | None = None) -> None:
     named = {"temperature": temperature, "teacher_temperature": teacher_temperature}
     for name, value in named.items():
+        if isinstance(value, Tensor):
+            raise TypeError(f"{caller} takes {name} as a number, got a tensor: it is not learned. Give {name}.item().")
         if value is not None and not (0 < value < math.inf):
             raise ValueError(f"{caller} divides cosines by {name}: it must be above 0, got {value}. Try 0.05.")
 
@@ -156,6 +163,7 @@ class CrossContrastive(nn.Module):
     ) -> None:
         super().__init__()
         check_temperatures("CrossContrastive", temperature)
+        _check_margin("CrossContrastive", false_negative_margin)
         self.temperature, self.symmetric = temperature, symmetric
         self.false_negative_margin = false_negative_margin
 

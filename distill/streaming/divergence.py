@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.streaming import engine
 from distill.streaming.columns import Columns
-from distill.streaming.engine import Buffer, UnitRows, exp_, operator, share_of, tiles, working_dtype
+from distill.streaming.engine import Buffer, UnitRows, exact_dtype, exp_, operator, share_of, tiles, working_dtype
 
 # Elements of a chunk of whole matrix rows, of which a divergence needs two: 16 MB in float32, which stay in a CPU's last
 # cache, but 256 rows where these are no more than 256 MB. Of 4,096 x 4,096 x 768, as of its three products: 1.06, with
@@ -259,7 +259,8 @@ def _far(logits: Float[Tensor, "b n"], delta: Float[Tensor, "b n"]) -> Float[Ten
 
 def _log1p_minus(w: Float[Tensor, "b 1"]) -> Float[Tensor, "b 1"]:
     """log(1 + w) - w, about -w^2 / 2."""
-    return (w.double().log1p() - w.double()).to(w.dtype)
+    exact = w.to(exact_dtype(w))
+    return (exact.log1p() - exact).to(w.dtype)
 
 
 def softmax_(logits: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b 1"]]:

@@ -42,7 +42,8 @@ class Operator:
     def __call__(self, student: Float[Tensor, "b d"], *arguments: Any) -> Float[Tensor, ""]:
         if _share is None and not len(student):
             raise ValueError("a loss is a mean over rows, got a student of none. Give it at least one row.")
-        with_gradient = student.requires_grad and torch.is_grad_enabled()
+        # In a shared batch another process's rows may want a gradient: all enter its collectives, or all wait.
+        with_gradient = _share is not None or (student.requires_grad and torch.is_grad_enabled())
         fixed = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
         return self._operator(student, *fixed, _share is not None, with_gradient)[0]
 
@@ -108,6 +109,11 @@ def working_dtype(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
+def exact_dtype(rows: Tensor) -> torch.dtype:
+    """float64, which only MPS lacks."""
+    return torch.float32 if rows.device.type == "mps" else torch.float64
+
+
 class UnitRows:
     """The rows of a matrix at length 1 in the working dtype, without a copy of the whole where it is large."""
 
@@ -145,7 +151,9 @@ class UnitRows:
     def _in_float64(self, start: int, stop: int, factor: float) -> Float[Tensor, "t d"]:
         if self.dtype == torch.float64:
             return self.tile(start, stop) * factor
-        rows = self.raw[start:stop].double()  # squares of float32 numbers neither vanish nor overflow
+        rows = self.raw[start:stop].to(
+            exact_dtype(self.raw), copy=True
+        )  # squares of float32 neither vanish nor overflow
         lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         return rows.mul_((factor / lengths).masked_fill_(self._inverse[start:stop] == 0, 0.0))
 
@@ -307,4 +315,11 @@ def sharing(share: Share) -> Iterator[None]:
 
 def share_of(rows: Tensor, shared: bool) -> Share:
     """What an operator works with: the share in force, or all rows."""
-    return _share if shared and _share is not None else Share([len(rows)], 0)
+    if not shared or _share is None:
+        return Share([len(rows)], 0)
+    if len(rows) != _share.sizes[_share.rank]:
+        raise ValueError(
+            f"a loss got {len(rows)} rows of a batch of which this process holds {_share.sizes[_share.rank]}. A loss that "
+            "chooses among the rows cannot work on a share: leave out its `runs_on_shares`."
+        )
+    return _share

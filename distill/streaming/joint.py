@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.similarity import row_lengths
-from distill.streaming.engine import PASS, Buffer, Share, tiles, working_dtype
+from distill.streaming.engine import PASS, Buffer, Share, exact_dtype, tiles, working_dtype
 
 # Columns of a block of the moments, of which only those on and above the diagonal are multiplied. At width 2 * 768 on one
 # core of an EPYC, against the whole product: blocks of 768 take .76 of its time, 512 .68, 256 .61, 192 .61.
@@ -152,11 +152,6 @@ def new_buffer(like: Tensor, width: int, dtype: torch.dtype) -> Buffer:
     return Buffer(next(stop for _, stop in tiles(len(like))) * width if len(like) else 0, like, dtype)
 
 
-def exact_dtype(rows: Tensor) -> torch.dtype:
-    """float64, which only MPS lacks."""
-    return torch.float32 if rows.device.type == "mps" else torch.float64
-
-
 def moment_dtype(rows: Tensor) -> torch.dtype:
     """Of moments that lose no digits: float32 on the CPU, where it is twice as fast.
 
@@ -172,5 +167,5 @@ def _lengths(raw: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
         return row_lengths(raw)
     lengths = raw.new_empty((len(raw), 1), dtype=dtype)
     for start, stop in tiles(len(raw), PASS):
-        lengths[start:stop] = torch.linalg.vector_norm(raw[start:stop], dim=-1, keepdim=True, dtype=dtype)
+        lengths[start:stop] = torch.linalg.vector_norm(raw[start:stop].to(dtype), dim=-1, keepdim=True)
     return lengths

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.streaming.engine import Share, operator, share_of, tiles, working_dtype
-from distill.streaming.joint import Joint, Rows, add_moments, exact_dtype, mirrored, moment_dtype, new_buffer
+from distill.streaming.engine import Share, exact_dtype, operator, share_of, tiles, working_dtype
+from distill.streaming.joint import Joint, Rows, add_moments, mirrored, moment_dtype, new_buffer
 
 # What the symmetric moments cost of a whole product: 6 of 9 blocks at width 768, 21 of 36 at 1536.
 SYMMETRIC = 0.6
@@ -238,7 +238,7 @@ def _cka_terms(
     own, product, other = sums.unbind()
     toward = _inverse(own.sqrt() * other.sqrt())
     terms = torch.stack([1 - product * toward, product * toward * _inverse(own), toward])
-    value, same, toward = torch.where(variation > NO_VARIATION, terms, 0).unbind()
+    value, same, toward = torch.where(variation <= NO_VARIATION, 0, terms).unbind()
     return value, same, toward
 
 

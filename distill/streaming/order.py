@@ -32,7 +32,7 @@ def rank_hinge(
     raised, lowered = share.sum(order.active(mine))
     comparisons = order.lower.sum().clamp(min=1)
     net = (lowered - raised).double()
-    value = (margin * raised.sum().double() + net @ order.values) / comparisons
+    value = (margin * raised.sum().double() + net @ order.values) / comparisons + 0 * order.teacher_sum  # NaN stays NaN
     gradient = student.new_zeros((len(student) if with_gradient else 0, student.shape[1]), dtype=dtype)
     if with_gradient:
         weights = cosines.zero_().scatter_(0, pairs[order.places], net / comparisons).to(dtype)
@@ -72,6 +72,7 @@ class _Order:
     """
 
     def __init__(self, student: Float[Tensor, " p"], teacher: Float[Tensor, " p"], margin: float) -> None:
+        self.teacher_sum = teacher.sum()
         teacher, self.places = teacher.sort(stable=True)  # every process sorts alike
         self.values = student[self.places]
         ordered, places = self.values.sort(stable=True)

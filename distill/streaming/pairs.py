@@ -16,8 +16,7 @@ from torch import Tensor
 
 from distill.similarity import normalize
 from distill.streaming import engine
-from distill.streaming.engine import Buffer, Share, UnitRows, operator, share_of, tiles, working_dtype
-from distill.streaming.joint import exact_dtype
+from distill.streaming.engine import Buffer, Share, UnitRows, exact_dtype, operator, share_of, tiles, working_dtype
 
 # Rows and columns of a tile of distances: smaller ones save more of the mirrored pairs. With 6 products as 1, 1,024 rows
 # of width 768 took .96 with tiles of 256, .98 with 512 and 1.26 with 1,024.
@@ -86,7 +85,7 @@ class _Distances:
 
     def __init__(self, share: Share, own: int, student: Points, teacher: Points) -> None:
         self.share, self.own, self.student, self.teacher = share, own, student, teacher
-        small = 2 * own * share.total <= engine.KEPT
+        small = 4 * own * share.total <= engine.KEPT  # two matrices of float64
         self._kept = list(self._tiles()) if small else None
 
     def __iter__(self) -> Iterator[_Tile]:
@@ -107,21 +106,21 @@ class _Distances:
 
 def _sums(matrices: _Distances, like: Tensor) -> Float[Tensor, "2 2"]:
     """Of student and teacher: the sum of all distances, and how many are not 0."""
-    total = like.new_zeros((2, 2), dtype=torch.float64)
+    total = like.new_zeros((2, 2), dtype=exact_dtype(like))
     for tile in matrices:
-        pairs = [(x.sum().double(), x.count_nonzero().double()) for x in (tile.student, tile.teacher)]
+        pairs = [(x.sum(), x.count_nonzero().to(x.dtype)) for x in (tile.student, tile.teacher)]
         total += tile.times * torch.stack([torch.stack(pair) for pair in pairs])
     return total
 
 
 def _huber_sums(matrices: _Distances, scales: Float[Tensor, "2"], like: Tensor) -> Float[Tensor, "2"]:
     """The sum of Huber's function, and of slope * student distance."""
-    total = like.new_zeros(2, dtype=torch.float64)
+    total = like.new_zeros(2, dtype=exact_dtype(like))
     for tile in matrices:
         difference, slope = tile.huber(scales)
         pull = (slope * tile.student).sum()
         value = difference.sub_(slope, alpha=0.5).mul_(slope).sum()
-        total += tile.times * torch.stack([value, pull]).double()
+        total += tile.times * torch.stack([value, pull])
     return total
 
 
@@ -191,7 +190,7 @@ class _Angles:
 
     def __init__(self, student: Float[Tensor, "n n"], teacher: Float[Tensor, "n n"], with_gradient: bool) -> None:
         self.student, self.teacher = student, teacher
-        self.total = student.new_zeros((), dtype=torch.float64)
+        self.total = student.new_zeros((), dtype=exact_dtype(student))
         self.pull = torch.zeros_like(student) if with_gradient else student.new_empty(0)
         self._height = max(1, engine.TILE**2 // max(1, len(student)))
         elements = min(self._height, len(student)) * len(student)
