@@ -90,11 +90,14 @@ def _shapes(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # or backward would get zeros of the size of the gradient, for the gradient
     ctx.save_for_backward(output[1])
     ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
 
 
-def _backward(ctx: Any, value_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, value_gradient: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if value_gradient is None:
+        return (None,) * ctx.inputs
     if torch.is_grad_enabled():
         raise RuntimeError(
             "distill's losses compute their gradient in the forward pass: they have no second derivative."
