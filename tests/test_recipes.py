@@ -394,7 +394,7 @@ def test_sentence_transformers_gives_the_vectors_of_the_student(session: Session
 def test_two_processes_train_and_score_as_one(session: Session, recipe: str, variant: str) -> None:
     one, two = (session(f"{recipe}-{variant}-{processes}").all_is_well() for processes in ("one", "two"))
     losses = [[entry["loss"] for entry in ran.metrics()] for ran in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert len(set(losses[0])) == len(losses[0])  # it moves
     scores = [ran.json("report.json")["scores"] for ran in (one, two)]
     assert scores[0].keys() == scores[1].keys()
