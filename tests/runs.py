@@ -74,10 +74,12 @@ def small_run(
     kind: str = "layers",
     loss: str = "contrastive",
     dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> Run:
     """A run of some steps on tiny models; `config` are fields of TrainConfig."""
     one, data, stored = prepared(model, store, count, kind, dropout)
+    one.to(dtype)
     options: dict[str, Any] = {"batch_size": 8, "epochs": 1.0, "dropout": dropout > 0} | config
     return train(one, data, stored, LOSSES[loss](), TrainConfig(**options), output=Path(output))
 
