@@ -151,7 +151,10 @@ def global_loss(
         everyone = list(gather_rows(student, sizes).split(sizes))
         everyone[rank()] = student
         value = loss(torch.cat(everyone), gather_rows(teacher, sizes), **columns)
-    return value.detach() + world_size() * (value - value.detach())
+    value = value.clone()  # with a hook on what is returned alone
+    if value.requires_grad:
+        value.register_hook(lambda gradient: world_size() * gradient)
+    return value
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[Any, BaseException | None]:

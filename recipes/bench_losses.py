@@ -97,6 +97,10 @@ class Recipe:
             raise RecipeError(
                 f"--shapes are rows and columns, at least 2, and as many columns as rows or more; got {self.shapes}."
             )
+        if not any(cases(self)):
+            raise RecipeError(
+                f"{', '.join(self.losses)} compare rows with one another: give --shapes of as many columns as rows."
+            )
         at_least(1, "--repeats", self.repeats)
         at_least(2, "--width", self.width)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -178,9 +179,15 @@ def collectives() -> dict[str, Any]:
         "all": distributed.everywhere(lambda: rank * 2),
         "any": [distributed.any_process(rank == world - 1), distributed.any_process(False)],
         "share": [[*distributed.share(count)] for count in (0, 1, 2, 7, 8)],
+        "infinite": infinite(),
         "main": distributed.main_first(lambda: rank),
         "errors": errors,
     }
+
+
+def infinite() -> float:
+    rows = torch.full((1, 2), 1e3)
+    return float(distributed.global_loss(lambda student, teacher: student.exp().sum(), rows, rows))
 
 
 class Strange(Exception):
@@ -250,6 +257,7 @@ def test_collectives(spawned: list[dict[str, Any]]) -> None:
         assert result["objects"] == [*range(world)]
         assert result["all"] == [2 * number for number in range(world)]
         assert result["any"] == [True, False]
+        assert result["infinite"] == torch.inf
         own, told = "Strange: no route", "RuntimeError: Strange: no route"
         assert result["errors"] == {
             "main_first": "DataError: row 7",
@@ -279,6 +287,15 @@ def test_one_process_needs_no_group() -> None:
         distributed.main_first(_fail)
     with pytest.raises(Strange):
         distributed.everywhere(_fail_strangely)
+
+
+def test_another_thread_has_no_part_in_a_share() -> None:
+    rows = torch.randn(4, 2)
+    with engine.sharing(engine.Share([2, 2], 0)), ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(losses.embedding_mse, rows, -rows).result()
+        with pytest.raises(ValueError, match="4 rows of a batch of which this process holds 2"):
+            losses.embedding_mse(rows, -rows)
+    assert elsewhere == losses.embedding_mse(rows, -rows)
 
 
 def test_a_hung_group_is_killed_and_its_output_shown(tmp_path: Path) -> None:

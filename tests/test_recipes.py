@@ -244,6 +244,12 @@ BAD = {
     "temperature": ("keep_index", "--documents x --temperature 0", 2, ["--temperature is above 0, got 0.0"]),
     "no such arm": ("bench_losses", "--arms nave", 2, ["--arms knows naive, torch.compile", "got nave"]),
     "fewer columns": ("bench_losses", "--shapes 20 10", 2, ["as many columns as rows or more; got ((20, 10),)"]),
+    "no such matrix": (
+        "bench_losses",
+        "--losses gram_mse --shapes 10 20",
+        2,
+        ["give --shapes of as many columns as rows"],
+    ),
     "no proxies": ("classify", "--train-data x --test-data x --proxies 0", 2, ["--proxies must be above 0"]),
     "impossible": (
         "match_embeddings",

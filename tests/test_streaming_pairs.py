@@ -248,6 +248,8 @@ def test_options_that_mean_nothing_are_refused() -> None:
             rank_hinge(student, teacher, margin=margin)
         with pytest.raises(ValueError, match="RankHinge takes a margin"):
             losses.RankHinge(margin=margin)
+    with pytest.raises(ValueError, match="the pairs of at most 65,536 rows, got 65,537"):
+        rank_hinge(torch.ones(65537, 1), torch.ones(65537, 1))
 
 
 def shares(sizes: list[int]) -> list[list]:

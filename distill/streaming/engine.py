@@ -6,6 +6,7 @@ A loss's algorithm is a function of tensors and numbers that returns its value a
 
 import functools
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,12 +41,13 @@ class Operator:
         self._operator.register_autograd(_backward, setup_context=_save)
 
     def __call__(self, student: Float[Tensor, "b d"], *arguments: Any) -> Float[Tensor, ""]:
-        if _share is None and not len(student):
+        shared = _in_force.share is not None
+        if not shared and not len(student):
             raise ValueError("a loss is a mean over rows, got a student of none. Give it at least one row.")
         # In a shared batch another process's rows may want a gradient: all enter its collectives, or all wait.
-        with_gradient = _share is not None or (student.requires_grad and torch.is_grad_enabled())
+        with_gradient = shared or (student.requires_grad and torch.is_grad_enabled())
         fixed = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
-        return self._operator(student, *fixed, _share is not None, with_gradient)[0]
+        return self._operator(student, *fixed, shared, with_gradient)[0]
 
 
 def operator(compute: Callable[..., tuple[Tensor, Tensor]]) -> Operator:
@@ -302,27 +304,33 @@ def gather_rows(rows: Shaped[Tensor, "b *d"], sizes: Sequence[int]) -> Shaped[Te
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-_share: Share | None = None
+class _InForce(threading.local):
+    """The share that losses of this thread take their rows for."""
+
+    share: Share | None = None
+
+
+_in_force = _InForce()
 
 
 @contextmanager
 def sharing(share: Share) -> Iterator[None]:
     """Losses called inside take their rows for one process's share, and give the value and gradient of the whole batch."""
-    global _share
-    before, _share = _share, share
+    before, _in_force.share = _in_force.share, share
     try:
         yield
     finally:
-        _share = before
+        _in_force.share = before
 
 
 def share_of(rows: Tensor, shared: bool) -> Share:
     """What an operator works with: the share in force, or all rows."""
-    if not shared or _share is None:
+    share = _in_force.share
+    if not shared or share is None:
         return Share([len(rows)], 0)
-    if len(rows) != _share.sizes[_share.rank]:
+    if len(rows) != share.sizes[share.rank]:
         raise ValueError(
-            f"a loss got {len(rows)} rows of a batch of which this process holds {_share.sizes[_share.rank]}. A loss that "
+            f"a loss got {len(rows)} rows of a batch of which this process holds {share.sizes[share.rank]}. A loss that "
             "chooses among the rows cannot work on a share: leave out its `runs_on_shares`."
         )
-    return _share
+    return share

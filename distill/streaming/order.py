@@ -13,6 +13,9 @@ from torch import Tensor
 from distill.similarity import normalize
 from distill.streaming.engine import UnitRows, operator, share_of, working_dtype
 
+# Rows whose pairs can be numbered in int32, as positions are.
+MOST = 65536
+
 
 @operator
 def rank_hinge(
@@ -23,6 +26,8 @@ def rank_hinge(
     Cosines are float64: which of two hinges is active, and who comes first, are decided by their last digits.
     """
     share, dtype = share_of(student, shared), working_dtype(student)
+    if share.total > MOST:
+        raise ValueError(f"rank_hinge orders the pairs of at most {MOST:,} rows, got {share.total:,}. Give it fewer.")
     unit = normalize(share.everyone(student).double())
     cosines = (unit @ unit.T).view(-1)
     i, j = torch.triu_indices(share.total, share.total, 1, device=student.device)
@@ -68,7 +73,7 @@ def _first_copies(rows: Float[Tensor, "n e"]) -> Int[Tensor, " n"]:
 class _Order:
     """P pairs in the teacher's order, and where the student puts each.
 
-    Counting is exact: positions are int32, which serves up to 65,536 rows.
+    Counting is exact.
     """
 
     def __init__(self, student: Float[Tensor, " p"], teacher: Float[Tensor, " p"], margin: float) -> None:
