@@ -1,0 +1,78 @@
+"""A table of token vectors: the teacher's own output for each token, on its principal directions."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer, normalizers
+from torch import Tensor
+
+from distill.encoder import Encoder
+from distill.errors import RecipeError
+from distill.folder import UNLIMITED
+from distill.modules import Dense, Normalize, StaticTable
+from distill.students.projection import last_linear
+from distill.students.summary import named
+
+SIF_SMOOTHING = 3e-4  # Arora et al. 2017: a token of probability p weighs a / (a + p)
+
+
+def static(
+    teacher: Encoder,
+    *,
+    width: int = 256,
+    token_vectors: Float[Tensor, "v e"] | None = None,
+    texts: Sequence[str] | None = None,
+) -> Encoder:
+    """A table of token vectors: the teacher's own output for each token, on its `width` principal directions.
+
+    A text is the weighted mean of its tokens, brought to the teacher's width by a Dense layer that starts as the
+    principal directions themselves. Token weights are SIF over the tokens of `texts`, or Zipf's law by token id.
+    `token_vectors` are `embed.embed_vocabulary`'s; without them the teacher runs over its vocabulary here.
+    """
+    teacher.require_transformer()
+    vectors = teacher.encode_vocabulary() if token_vectors is None else token_vectors
+    if not 1 <= width <= vectors.shape[1]:
+        raise RecipeError(f"a static student of {teacher.name} has width 1..{vectors.shape[1]}, got {width}.")
+    tokenizer = _bare_tokenizer(teacher)
+    mean, directions = _principal_directions(vectors, width)
+    table = StaticTable((vectors - mean) @ directions.T, _token_weights(tokenizer, len(vectors), texts))
+    student = Encoder(table, tokenizer, head=[Dense(width, teacher.width), Normalize()], max_length=UNLIMITED)
+    with torch.no_grad():
+        last_linear(student).weight.copy_(directions.T)
+    return named(student, f"static-{width}", teacher)
+
+
+def _principal_directions(
+    vectors: Float[Tensor, "v e"], width: int
+) -> tuple[Float[Tensor, " e"], Float[Tensor, "width e"]]:
+    mean = vectors.double().mean(dim=0)
+    centred = vectors.double() - mean
+    _, directions = torch.linalg.eigh(centred.T @ centred)
+    directions = directions.flip(1)[:, :width].T
+    signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()  # eigh's signs are arbitrary
+    return mean.float(), (directions * signs).float()
+
+
+def _token_weights(tokenizer: Tokenizer, size: int, texts: Sequence[str] | None) -> Float[Tensor, " v"]:
+    if texts is None:
+        frequencies = 1 / torch.arange(2.0, size + 2)
+    else:
+        counts = Counter(
+            token
+            for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            for token in encoding.ids
+        )
+        frequencies = torch.tensor([counts[token] + 1.0 for token in range(size)])
+    return SIF_SMOOTHING / (SIF_SMOOTHING + frequencies / frequencies.sum())
+
+
+def _bare_tokenizer(teacher: Encoder) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(teacher.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if teacher.lowercase:
+        before = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+    return tokenizer
