@@ -7,100 +7,30 @@ number of processes. Every loss is the loss of the global batch (`distributed.gl
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from distill import checkpoint, distributed, files, runlog, sampling
+from distill import checkpoint, distributed, files, optimizer, runlog, sampling
 from distill.encoder import Encoder
 from distill.errors import IntegrityError, NumericsError, RecipeError, Stopped
 from distill.examples import Examples
-from distill.gradients import Share, StepGradients
-from distill.heads import parameter_groups
+from distill.feed import Feed, Loss
+from distill.gradients import StepGradients
+from distill.settings import TrainConfig
 from distill.stopping import stop_signals
 from distill.store import Store
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Loss = Callable[..., Float[Tensor, ""]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How a student is trained."""
-
-    steps: int | None = None
-    """Optimizer steps; None: as many as `epochs` need."""
-    epochs: float = 1.0
-    """Passes over the texts, if `steps` is not given."""
-    batch_size: int = 256
-    """Texts a batch over all processes; a loss that compares texts sees this many."""
-    accumulation: int = 1
-    """Batches a step; their losses are averaged by rows. It does not enlarge the batch that a loss sees."""
-    micro_batch: int | None = None
-    """Texts of a process run at once; None: the whole batch, smaller when memory runs out. The loss sees the whole batch either way."""
-    learning_rate: float = 1e-3
-    """Peak of AdamW's learning rate."""
-    weight_decay: float = 0.01
-    """On matrices only; biases, norms, token weights and scales have none."""
-    warmup_fraction: float = 0.1
-    """Share of the steps in which the rate rises from 0."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What the rate does after the warm-up."""
-    clip_norm: float | None = 1.0
-    """Largest norm of the gradient; None leaves it."""
-    dropout: bool = False
-    """Keep the model's own dropout on. A student that copies vectors is better without."""
-    bank_size: int = 0
-    """Further teacher vectors of the training texts, at most as many as there are, as columns of student x teacher losses."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: autocast in the encoder; losses stay in float32."""
-    seed: int = 0
-    """Of the order of texts and of dropout."""
-    save_every: int | None = None
-    """Steps between checkpoints; None: ten a run."""
-    keep_checkpoints: int = 2
-    """How many whole checkpoints stay."""
-    trackers: tuple[str, ...] = ()
-    """Accelerate trackers beside metrics.jsonl: tensorboard, trackio, wandb."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint of the output folder, if there is one."""
-
-    def __post_init__(self) -> None:
-        positive = (
-            "steps",
-            "epochs",
-            "batch_size",
-            "accumulation",
-            "micro_batch",
-            "learning_rate",
-            "clip_norm",
-            "save_every",
-            "keep_checkpoints",
-        )
-        wrong = [
-            f"{name} is above 0, got {value}"
-            for name in positive
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf
-        ]
-        wrong += [
-            f"{name} is 0 or more, got {value}"
-            for name in ("weight_decay", "bank_size", "seed")
-            if not 0 <= (value := getattr(self, name)) < math.inf
-        ]
-        if not 0 <= self.warmup_fraction <= 1:
-            wrong.append(f"warmup_fraction is 0..1, got {self.warmup_fraction}")
-        if wrong:
-            raise RecipeError("; ".join(wrong) + ".")
+__all__ = ["Loss", "Run", "TrainConfig", "train"]
 
 
 @dataclass(frozen=True)
@@ -140,12 +70,13 @@ class _Loop:
         per_epoch = sampling.steps_per_epoch(len(data), config.batch_size, config.accumulation)
         self.steps = config.steps or max(1, round(config.epochs * per_epoch))
         student.to(self.accelerator.device)
-        self.adamw = _adamw(student, config)
-        self.rate = _rate(self.adamw, config, self.steps)
+        self.adamw = optimizer.adamw(student, config)
+        self.rate = optimizer.rate_of(self.adamw, config, self.steps)
         self.model, self.optimizer = self.accelerator.prepare(student, self.adamw)
         self.gradients = StepGradients(
             student, self.model, micro_batch=config.micro_batch or config.batch_size, device=self.accelerator.device
         )
+        self.feed = Feed(data, store, loss, config, self.accelerator.device)
         self._progress(0)
         self.identity = self._identity()
 
@@ -183,14 +114,12 @@ class _Loop:
     def _step(self, step: int) -> dict[str, Any]:
         began = time.monotonic()
         self._progress(step)
-        batches = self._batches(step)
-        total = sum(len(batch) for batch in batches)
-        shares = [self._share(step, number, batch, total) for number, batch in enumerate(batches)]
-        value = self.gradients.add(shares)
+        rows = np.concatenate(self.feed.batches(step))
+        value = self.gradients.add(self.feed.shares(step))
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_norm or math.inf)
         finite = bool(torch.isfinite(value) & torch.isfinite(norm))
         if distributed.any_process(not finite, self.accelerator.device):
-            self._refuse(step, np.concatenate(batches), float(value), float(norm))
+            self._refuse(step, rows, float(value), float(norm))
         rate = self.rate(step + 0.5)
         for group in self.adamw.param_groups:
             group["lr"] = self.config.learning_rate * rate
@@ -203,41 +132,13 @@ class _Loop:
             **parts,
             "lr": self.config.learning_rate * rate,
             "grad_norm": float(norm),
-            "texts": total,
+            "texts": len(rows),
             "seconds": round(time.monotonic() - began, 4),
         }
 
     def _progress(self, step: int) -> None:
         if hasattr(self.loss, "set_progress"):
             self.loss.set_progress(step / self.steps)
-
-    def _batches(self, step: int) -> list[np.ndarray]:
-        size, accumulation = self.config.batch_size, self.config.accumulation
-        return sampling.batches(step, len(self.data), batch_size=size, accumulation=accumulation, seed=self.config.seed)
-
-    def _share(self, step: int, number: int, batch: np.ndarray, total: int) -> Share:
-        """This process's rows of a batch of the step; `total` rows has the step."""
-        place = distributed.share(len(batch))
-        mine = batch[place.start : place.stop]
-        tokens = self.data.tokens.rows(torch.from_numpy(mine if len(mine) else batch[:1]))
-        most = -(-len(batch) // distributed.world_size())
-        loss = partial(self._loss, step * self.config.accumulation + number, mine, len(batch) / total)
-        return Share(tokens, len(mine), most, loss)
-
-    def _loss(self, draw: int, rows: np.ndarray, weight: float, vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-        device = self.accelerator.device
-        teacher = self.store.take(self.data.rows[rows]).to(device)
-        bank, bank_keys = self._bank(draw)
-        keys = self.data.keys[torch.from_numpy(rows)].to(device)
-        return weight * distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)
-
-    def _bank(self, draw: int) -> tuple[Tensor | None, Tensor | None]:
-        """Vectors and keys of the draw-th window of training rows, the same on every process."""
-        if not self.config.bank_size or not getattr(self.loss, "uses_bank", False):
-            return None, None
-        chosen = sampling.bank_rows(draw, len(self.data), size=self.config.bank_size, seed=self.config.seed)
-        device = self.accelerator.device
-        return self.store.take(self.data.rows[chosen]).to(device), self.data.keys[torch.from_numpy(chosen)].to(device)
 
     @torch.no_grad()
     def _refuse(self, step: int, rows: np.ndarray, loss: float, norm: float) -> NoReturn:
@@ -325,21 +226,6 @@ def _accelerator(config: TrainConfig, output: Path) -> "Accelerator":
         project_dir=str(output),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # a step weighs its batches itself
     )
-
-
-def _adamw(student: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    rate, decay = config.learning_rate, config.weight_decay
-    groups = parameter_groups(student, lr=rate, sigma_lr=rate, weight_decay=decay)
-    return torch.optim.AdamW(groups, lr=rate, fused=True)
-
-
-def _rate(adamw: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Callable[[float], float]:
-    """The share of the learning rate at a step: a function of the step alone, so that nothing of it has to be saved."""
-    from transformers import get_scheduler
-
-    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    warmup = round(config.warmup_fraction * steps)
-    return get_scheduler(name, adamw, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
 
 
 def _describe(loss: Loss) -> str:
