@@ -1,0 +1,136 @@
+"""Teacher and students on the same data: which vectors go where."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distill import distributed
+from distill.data import Labelled, Pairs, Retrieval
+from distill.embed import embed
+from distill.encoder import Encoder
+from distill.errors import DataError, RecipeError
+from distill.evaluation.fidelity import fidelity
+from distill.evaluation.scores import Score, Scores
+from distill.evaluation.speed import speeds
+from distill.evaluation.tasks import centroid_accuracy, judged, retrieval, similarity_pairs
+from distill.store import Store, text_keys
+
+Encode = Callable[..., Float[Tensor, "n d"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationData:
+    """What to measure on; each part may be absent. Names become the names of the scores.
+
+    `texts` are for fidelity, read in the role `role` ("document", "query"; None: no role).
+    """
+
+    texts: Sequence[str] = ()
+    role: str | None = None
+    pairs: Mapping[str, Pairs] = field(default_factory=dict)
+    retrieval: Mapping[str, Retrieval] = field(default_factory=dict)
+    labelled: Mapping[str, Labelled] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, task in self.retrieval.items():
+            if not any(judged(task)):
+                raise DataError(
+                    f"the retrieval task {name or 'given'} has no query with a relevant document (grade > 0)."
+                )
+
+    def any_texts(self) -> list[str]:
+        """Texts to measure speed on: those for fidelity, or the first task's."""
+        texts = list(self.texts) or [text for task in self.retrieval.values() for text in task.corpus]
+        texts = texts or [text for task in self.pairs.values() for text in task.sentence1]
+        return texts or [text for task in self.labelled.values() for text in task.texts]
+
+
+def evaluate(
+    students: Mapping[str, Encoder],
+    teacher: Encoder,
+    data: EvaluationData,
+    *,
+    store: str | Path | None = None,
+    keep_index: bool = True,
+    speed: bool = True,
+) -> Scores:
+    """Score the teacher and each student on `data`, on all processes; `store` holds the teacher's vectors (embed's default).
+
+    `keep_index` adds a row "NAME -> teacher's index" a student: its queries against the documents that the teacher
+    embedded. Cost: one pass of each student over the data, and of the teacher over what is not stored.
+    """
+    if "teacher" in students or any(" -> " in name for name in students):
+        raise RecipeError(f'a student is not named "teacher" nor with an arrow, got {", ".join(students)}.')
+    reader = _stored(teacher, store)
+    table = {"teacher": _labels_scores(reader, data) | _retrieval_scores(reader, reader, data)}
+    for name, student in students.items():
+        encode = partial(encode_everywhere, student.to(distributed.device()), progress="student vectors")
+        table[name] = (
+            _fidelity_scores(encode, reader, data)
+            | _labels_scores(encode, data)
+            | _retrieval_scores(encode, encode, data)
+        )
+        if keep_index and data.retrieval:
+            table[f"{name} -> teacher's index"] = _retrieval_scores(encode, reader, data)
+    measured = speeds({"teacher": teacher, **students}, data.any_texts()) if speed and data.any_texts() else {}
+    return Scores(table, measured)
+
+
+def encode_everywhere(
+    encoder: Encoder, texts: Sequence[str], *, role: str | None = None, progress: str | None = None
+) -> Float[Tensor, "n d"]:
+    """The vectors of `texts` on every process, each of which computes its share."""
+    share = distributed.share(len(texts))
+    bar = progress if distributed.is_main() else None
+    mine = encoder.encode(texts[share.start : share.stop], role=role, progress=bar)
+    return distributed.gather_rows(mine.to(encoder.device)).cpu()
+
+
+def _fidelity_scores(encode: Encode, teacher: Encode, data: EvaluationData) -> dict[str, Score]:
+    texts = list(dict.fromkeys(data.texts))
+    return fidelity(encode(texts, role=data.role), teacher(texts, role=data.role)) if texts else {}
+
+
+def _retrieval_scores(queries: Encode, documents: Encode, data: EvaluationData) -> dict[str, Score]:
+    scores: dict[str, Score] = {}
+    for name, task in data.retrieval.items():
+        found = retrieval(queries(task.queries, role="query"), documents(task.corpus, role="document"), task)
+        scores |= {_named(name, metric, data.retrieval): score for metric, score in found.items()}
+    return scores
+
+
+def _labels_scores(encode: Encode, data: EvaluationData) -> dict[str, Score]:
+    scores: dict[str, Score] = {}
+    for name, pairs in data.pairs.items():
+        first, second = encode([*pairs.sentence1, *pairs.sentence2]).chunk(2)
+        scores[_named(name, "spearman", data.pairs)] = similarity_pairs(first, second, pairs)
+    for name, task in data.labelled.items():
+        if task.test is not None:
+            scores[_named(name, "accuracy", data.labelled)] = centroid_accuracy(
+                encode(task.texts), encode(task.test.texts), task
+            )
+    return scores
+
+
+def _named(task: str, metric: str, tasks: Mapping[str, Any]) -> str:
+    return metric if len(tasks) == 1 and not task else f"{task} {metric}"
+
+
+def _stored(teacher: Encoder, path: str | Path | None) -> Encode:
+    """Encode through the store: a text's vector is computed at most once, ever. One that is not finite counts as zero."""
+    opened: list[Store] = []  # once: embed hashes the teacher's weights to know its store
+
+    def encode(texts: Sequence[str], *, role: str | None = None) -> Float[Tensor, "n e"]:
+        prompt = teacher.prompt(role)
+        if not opened or (opened[0].find(text_keys(texts, prompt=prompt)) < 0).any():
+            opened[:] = [embed(texts, teacher, path, role=role)]
+        vectors = opened[0].vectors(texts, prompt=prompt)
+        return torch.where(torch.isfinite(vectors).all(dim=1, keepdim=True), vectors, 0.0)
+
+    return encode
