@@ -35,6 +35,10 @@ ORDER = [
     "losses.combine",
     "losses",
     "heads",
+    "metrics.classes",
+    "metrics.ranks",
+    "metrics.spaces",
+    "metrics.intervals",
     "metrics",
     "distributed",
     "losses.sentence_transformers",  # an adapter to a trainer, not an objective: `losses` does not import it
@@ -84,7 +88,7 @@ ORDER = [
     "benchmark",
     "cli",
 ]
-LIFTABLE = {name for name in ORDER if name.startswith(("losses", "streaming"))} | {"similarity", "heads", "metrics"}
+LIFTABLE = {name for name in ORDER if name.startswith(("losses", "streaming", "metrics"))} | {"similarity", "heads"}
 LIFTABLE -= {"losses.sentence_transformers"}
 
 
