@@ -138,17 +138,33 @@ def class_logits(caller: str, output: Mapping[str, Any]) -> Float[Tensor, "*rows
     return output["logits"]
 
 
-def parameter_groups(module: nn.Module, *, lr: float, sigma_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimizer: matrices decay; biases, norms and other vectors do not; sigma has a rate of its own."""
+def parameter_groups(
+    module: nn.Module,
+    *,
+    lr: float,
+    sigma_lr: float,
+    weight_decay: float,
+    rates: Mapping[nn.Parameter, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: matrices decay; biases, norms and other vectors do not; sigma has a rate of its own.
+
+    `rates` multiplies the rates of some parameters: a table's or a projection's. Each rate is a group.
+    """
     sigmas = {id(m.sigma) for m in module.modules() if isinstance(m, CosineLinear)}
     trained = [p for p in module.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in sigmas]
-    groups = [
-        {"params": [p for p in others if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
-        {"params": [p for p in trained if id(p) in sigmas], "lr": sigma_lr, "weight_decay": 0.0},
+    kinds = [
+        ([p for p in others if p.ndim > 1], lr, weight_decay),
+        ([p for p in others if p.ndim < 2], lr, 0.0),
+        ([p for p in trained if id(p) in sigmas], sigma_lr, 0.0),
     ]
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple[int, float], dict[str, Any]] = {}
+    for number, (parameters, rate, decay) in enumerate(kinds):
+        for p in parameters:
+            share = (rates or {}).get(p, 1.0)
+            empty = {"params": [], "lr": rate * share, "weight_decay": decay}
+            groups.setdefault((number, share), empty)["params"].append(p)
+    return list(groups.values())
 
 
 class Projection(nn.Linear):
