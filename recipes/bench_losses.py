@@ -215,12 +215,17 @@ def fits(case: Case, arm: str, device: torch.device) -> None:
 
 
 def floor(case: Case) -> str:
-    return f"{FLOORS[case.loss]} x torch.mm"
+    return f"{products_of(case):.3g} x torch.mm"
 
 
-def products(case: Case, arm: str) -> int:
+def products_of(case: Case) -> float:
+    """Those of FLOORS; both ways, the bank's columns look for no student, and 2 do."""
+    return 2 + case.rows / case.columns if case.loss == "symmetric" else FLOORS[case.loss]
+
+
+def products(case: Case, arm: str) -> float:
     """How many times the floor's one product counts; every other arm once."""
-    return 1 if arm in ARMS else FLOORS[case.loss]
+    return 1 if arm in ARMS else products_of(case)
 
 
 def product(batch: Batch) -> Callable[[], object]:
@@ -241,7 +246,7 @@ def ratios(case: Case, arm: str, times: Mapping[str, list[float]]) -> list[float
         return []
     if case.loss in FLOORS:
         pairs = zip(times[arm], times[floor(case)], strict=True)
-        return [mine / (FLOORS[case.loss] * product) for mine, product in pairs]
+        return [mine / (products_of(case) * product) for mine, product in pairs]
     return [other / mine for mine, other in zip(times[arm], times.get("naive", []), strict=False)]
 
 

@@ -56,7 +56,7 @@ def cross_contrastive(
     student among all student rows (bank rows ask nothing). `false_negative_margin` leaves out columns whose cosine to
     row i's teacher vector is above 1 - margin: texts that the teacher hardly tells apart, at the cost of one more product.
     Not multiplied by temperature^2. Widths must be equal. Exact to 1e-5 in float32 down to losses of 1e-9; two products
-    of (b, b + n, d) with the gradient, three if symmetric, O((b + n) d) memory. van den Oord et al. 2018.
+    of (b, b + n, d) with the gradient, a third of (b, b, d) if symmetric, O((b + n) d) memory. van den Oord et al. 2018.
     """
     check_temperatures("cross_contrastive", temperature)
     _check_margin("cross_contrastive", false_negative_margin)

@@ -68,24 +68,28 @@ def cross_contrastive_both_ways(
 ) -> tuple[Tensor, Tensor]:
     """The mean of the above and its mirror: each teacher row of the batch finds its student among all student rows.
 
-    3 products of (b, n, d): the sums of whole columns are known only after the first.
+    3 products of (b, g, d), since the sums of whole columns are known only after the first, and 2 with the bank.
     """
     share = share_of(student, shared)
     matrix = _Matrix(share, student, teacher, bank, keys, bank_keys, temperature, false_negative_margin)
-    rows, columns = _both_excesses(matrix)
-    own = columns[share.start : share.start + len(student)]
-    value = matrix.mean(softplus(rows) + softplus(own)) / 2
     gradient = matrix.new_gradient(with_gradient)
+    rows, columns = _both_sums(matrix, gradient if with_gradient else None)
+    excess, everyones = rows.excess(), columns.excess()
+    own = everyones[share.start : share.start + len(student)]
+    value = matrix.mean(softplus(excess) + softplus(own)) / 2
     if with_gradient:
-        _add_both_directions(
-            matrix, gradient, softplus(rows) + matrix.positives, softplus(columns) + matrix.all_positives
-        )
-        matrix.finish(gradient.div_(2), (rows.sigmoid() + own.sigmoid()) / 2)
+        row_sums = softplus(excess) + matrix.positives
+        gradient *= (rows.shift - row_sums).exp()
+        _add_both_directions(matrix, gradient, row_sums, softplus(everyones) + matrix.all_positives)
+        matrix.finish(gradient.div_(2), (excess.sigmoid() + own.sigmoid()) / 2)
     return value, gradient
 
 
-def _both_excesses(matrix: "_Matrix") -> tuple[Float[Tensor, "b 1"], Float[Tensor, "g 1"]]:
-    """Of the own rows over all columns, and of all batch columns over everyone's rows."""
+def _both_sums(matrix: "_Matrix", gradient: Float[Tensor, "b d"] | None) -> tuple["_Sums", "_Sums"]:
+    """Of the own rows over all columns, and of all batch columns over everyone's rows.
+
+    Powers times the bank's rows, which look for no student, are added to the gradient, at the rows' own shifts.
+    """
     rows, columns = _Sums(matrix.positives, matrix.temperature), _Sums(matrix.all_positives, matrix.temperature)
     copy = matrix.new_buffer()
     for tile in matrix.column_tiles():
@@ -93,41 +97,42 @@ def _both_excesses(matrix: "_Matrix") -> tuple[Float[Tensor, "b 1"], Float[Tenso
             logits, left_out = matrix.logits(part, tile)
             if matrix.asks(tile) and not columns.fixed:
                 columns.add(tile.place, copy(*logits.shape).copy_(logits).T, left_out.mirrored())
-            rows.add(part, logits, left_out)
+            shrink = rows.add(part, logits, left_out)
             if matrix.asks(tile) and columns.fixed:  # one shift for all: these are the powers of the columns too
                 columns.total[tile.place] += rearrange(logits.sum(0), "n -> n 1")
+            if gradient is not None and not matrix.asks(tile):
+                if shrink is not None:
+                    gradient[part] *= shrink
+                gradient[part].addmm_(logits, tile.rows)
     columns.over_processes(matrix.share)
-    return rows.excess(), columns.excess()
+    return rows, columns
 
 
 def _add_both_directions(
     matrix: "_Matrix", gradient: Float[Tensor, "b d"], row_sums: Float[Tensor, "b 1"], column_sums: Float[Tensor, "g 1"]
 ) -> None:
-    """The softmax over each row and over each batch column, times the columns; the sums are their log-sum-exps."""
+    """The softmax over each row and over each batch column, times these columns; the sums are their log-sum-exps."""
     copy = matrix.new_buffer()
     for tile in matrix.column_tiles():
-        sums = column_sums[tile.place] if matrix.asks(tile) else None
-        for part in matrix.row_tiles():
-            logits, left_out = matrix.logits(part, tile)
-            _both_softmaxes_(logits, row_sums[part], sums, left_out, copy)
-            gradient[part].addmm_(logits, tile.rows)
+        if matrix.asks(tile):
+            for part in matrix.row_tiles():
+                logits, left_out = matrix.logits(part, tile)
+                _both_softmaxes_(logits, row_sums[part], column_sums[tile.place], left_out, copy)
+                gradient[part].addmm_(logits, tile.rows)
 
 
 def _both_softmaxes_(
     logits: Float[Tensor, "t n"],
     row_sums: Float[Tensor, "t 1"],
-    column_sums: Float[Tensor, "n 1"] | None,
+    column_sums: Float[Tensor, "n 1"],
     left_out: LeftOut,
     copy: Buffer,
 ) -> None:
-    """Logits become the softmax over rows plus that over columns, if these have sums."""
+    """Logits become the softmax over rows plus that over columns."""
     if kernels := engine.kernels_for(logits):
         kernels.both_softmaxes_(logits, row_sums, column_sums, **vars(left_out))
         return
     left_out.fill_(logits)
-    if column_sums is None:
-        exp_(logits.sub_(row_sums))
-        return
     mirrored = exp_(torch.sub(logits, column_sums.T, out=copy(*logits.shape)))
     exp_(logits.sub_(row_sums)).add_(mirrored)
 

@@ -36,7 +36,7 @@ def powers_(
 def both_softmaxes_(
     logits: Float[Tensor, "t n"],
     row_sums: Float[Tensor, "t 1"],
-    column_sums: Float[Tensor, "n 1"] | None,
+    column_sums: Float[Tensor, "n 1"],
     *,
     twin: int,
     keys: Int[Tensor, " t"] | None,
@@ -121,9 +121,7 @@ def _both_softmaxes(logits, row_sums, column_sums, keys, column_keys, twin, widt
         columns = first + tl.arange(0, BLOCK)
         left_out = _is_left_out(row, columns, width, keys, column_keys, twin)
         values = tl.load(logits + columns, columns < width, other=float("-inf"))
-        powers = tl.exp(values - own)
-        if column_sums is not None:
-            powers += tl.exp(values - tl.load(column_sums + columns, columns < width, other=0.0))
+        powers = tl.exp(values - own) + tl.exp(values - tl.load(column_sums + columns, columns < width, other=0.0))
         tl.store(logits + columns, tl.where(left_out, 0.0, powers), columns < width)
 
 
