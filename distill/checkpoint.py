@@ -2,12 +2,13 @@
 
 OUTPUT/checkpoints/step-00000120/
     model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
+    average.safetensors, start.safetensors: what a run keeps beside its weights, if it keeps any
 """
 
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from distill.errors import IntegrityError, ResourceError
 _NAME = re.compile(r"step-(\d{8,})")
 _FILES = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
 
+Further = Mapping[str, Mapping[str, Tensor]]  # tensors beside the model's, by file and name
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -34,13 +37,29 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], *, keep: int) -> None:
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    further: Further | None = None,
+) -> None:
     """Write `folder`/step-N from all processes' states; then, and only then, delete all but the newest `keep`.
 
-    The main process writes: model and optimizer are the same everywhere under DDP, random states come from each process.
+    The main process writes: model, optimizer and `further` are the same everywhere under DDP, random states come from each
+    process. `further` = {"average": {"weight": tensor}} becomes average.safetensors.
     """
     states = distributed.gather_objects(_random_state())
-    distributed.main_first(partial(_write, folder, step, model, optimizer, state, states, keep))
+    tensors = {
+        "model": model.state_dict(),
+        "optimizer": _optimizer_tensors(model, optimizer),
+        "rng": {f"{rank}.{name}": value for rank, values in enumerate(states) for name, value in values.items()},
+        **(further or {}),
+    }
+    distributed.main_first(partial(_write, folder, step, tensors, state, keep))
 
 
 def load_latest(
@@ -49,11 +68,12 @@ def load_latest(
     optimizer: Optimizer,
     *,
     accept: Callable[[dict[str, Any]], None] | None = None,
+    further: Further | None = None,
 ) -> Checkpoint | None:
     """Restore the newest whole checkpoint in place; None if there is none. A damaged one is named and passed over.
 
     `accept` sees the saved state before anything is restored, and may raise. IntegrityError if there are checkpoints
-    and none is whole, or the weights do not fit the model.
+    and none is whole, or the weights do not fit the model, or one of `further` was not saved.
     """
     found, damaged = distributed.main_first(partial(_newest_whole, folder))
     if found is None:
@@ -68,6 +88,7 @@ def load_latest(
     if accept:
         accept(state)
     _restore(found, model, optimizer)
+    _restore_further(found, further or {})
     return Checkpoint(state.pop("step"), state)
 
 
@@ -98,25 +119,12 @@ def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def _write(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    random: list[dict[str, Tensor]],
-    keep: int,
-) -> None:
-    tensors = {
-        "model": _on_disk(model.state_dict()),
-        "optimizer": _on_disk(_optimizer_tensors(model, optimizer)),
-        "rng": {f"{rank}.{name}": value for rank, values in enumerate(random) for name, value in values.items()},
-    }
+def _write(folder: Path, step: int, tensors: Further, state: dict[str, Any], keep: int) -> None:
     try:
         files.remove_unfinished(folder, "step-*")
         with files.published_folder(folder / f"step-{step:08d}") as temporary:
             for name, values in tensors.items():
-                save_file(values, temporary / f"{name}.safetensors")
+                save_file(_on_disk(values), temporary / f"{name}.safetensors")
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
             hashes = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps(hashes), encoding="utf-8")
@@ -136,7 +144,7 @@ def _remove_old(folder: Path, step: int, keep: int) -> None:
             files.remove_folder(path)
 
 
-def _on_disk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As safetensors takes them: on the CPU, contiguous, and none the same memory as another (tied weights)."""
     result: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -151,7 +159,7 @@ def _problem(path: Path) -> str | None:
     try:
         hashes = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         missing = sorted(_FILES - set(hashes))
-        wrong = [name for name in sorted(_FILES) if not missing and files.sha256(path / name) != hashes[name]]
+        wrong = [name for name in sorted(hashes) if not missing and files.sha256(path / name) != hashes[name]]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return str(error)
     if missing:
@@ -166,6 +174,19 @@ def _restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
         raise IntegrityError(f"{path} holds another model: {error}. Resume with the same student.") from error
     _restore_optimizer(load_file(path / "optimizer.safetensors"), model, optimizer)
     _restore_random(load_file(path / "rng.safetensors"))
+
+
+@torch.no_grad()
+def _restore_further(path: Path, further: Further) -> None:
+    for file, tensors in further.items():
+        try:
+            saved = load_file(path / f"{file}.safetensors")
+            for name, value in tensors.items():
+                value.copy_(saved[name])
+        except (FileNotFoundError, KeyError, RuntimeError) as error:
+            raise IntegrityError(
+                f"{path} holds no {file} of this model: {error}. Resume with the same recipe."
+            ) from error
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:

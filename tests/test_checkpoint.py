@@ -167,6 +167,34 @@ def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
     assert torch.equal(model["b"].weight, saved)
 
 
+def test_further_tensors_come_back_in_place_and_are_checked_like_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, optimizer = parts()
+    average = {"weight": torch.randn(4, 4), "bias": torch.randn(4)}
+    for step in (1, 2):
+        advance(model, optimizer)
+        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=5, further={"average": average})
+    held = {name: torch.zeros_like(value) for name, value in average.items()}
+    assert checkpoint.load_latest(tmp_path, model, optimizer, further={"average": held}) is not None
+    assert all(torch.equal(held[name], value) for name, value in average.items())
+    (tmp_path / "step-00000002" / "average.safetensors").write_bytes(b"")
+    found = checkpoint.load_latest(tmp_path, model, optimizer, further={"average": held})
+    assert found is not None
+    assert found.step == 1
+    assert "average.safetensors differ from the manifest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "asked", [{"start": {"weight": torch.zeros(4)}}, {"average": {"bias": torch.zeros(4)}}], ids=["file", "tensor"]
+)
+def test_further_tensors_that_were_not_saved_are_refused(tmp_path: Path, asked: dict[str, Any]) -> None:
+    model, optimizer = parts()
+    checkpoint.save(tmp_path, 1, model, optimizer, {}, keep=1, further={"average": {"weight": torch.zeros(4)}})
+    with pytest.raises(IntegrityError, match=f"holds no {next(iter(asked))} of this model"):
+        checkpoint.load_latest(tmp_path, model, optimizer, further=asked)
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename", "replace"])
 @pytest.mark.parametrize("failing", range(6))
 def test_a_save_that_fails_anywhere_leaves_the_one_before(
