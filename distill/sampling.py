@@ -24,6 +24,19 @@ def bank_rows(draw: int, count: int, *, size: int, seed: int) -> np.ndarray:
     return permutation(seed + 1, epoch, count)[window * size : (window + 1) * size]
 
 
+def hard_bank_rows(batch: np.ndarray, neighbours: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """The nearest neighbours of all of the batch's texts, then the second nearest, and so on; what is left of the bank is `window`'s.
+
+    `neighbours` (n, k) has the rows of each text's neighbours, -1 for none. As many rows as the window, none twice; no
+    neighbour is in the batch.
+    """
+    near = neighbours[batch].T.ravel()
+    near = near[(near >= 0) & ~np.isin(near, batch)]
+    candidates = np.concatenate([near, window])
+    _, first = np.unique(candidates, return_index=True)
+    return candidates[np.sort(first)][: len(window)]
+
+
 @lru_cache(maxsize=4)  # an epoch's order of texts and of bank rows, and the next ones: 8 bytes a text each
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)

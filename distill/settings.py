@@ -1,10 +1,25 @@
 """How a student is trained: the settings of a run, checked before any weight is loaded."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from distill.errors import RecipeError
+
+# Settings that may differ between a run and its continuation: they change no step of it.
+_FREE = ("micro_batch", "resume", "save_every", "keep_checkpoints", "trackers")
+# Settings that are part of a run only where they are not at their default: runs from before there were any go on.
+_ADDED = (
+    "projection_rate",
+    "token_weight_rate",
+    "table_rate",
+    "layer_decay",
+    "start_decay",
+    "ema_decay",
+    "hard_stage",
+    "hard_neighbours",
+    "hard_margin",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +33,25 @@ class TrainConfig:
     batch_size: int = 256
     """Texts a batch over all processes; a loss that compares texts sees this many."""
     accumulation: int = 1
-    """Batches a step; their losses are averaged by rows. It does not enlarge the batch that a loss sees."""
+    """Batches a step; their losses are averaged by rows. A loss still sees one batch."""
     micro_batch: int | None = None
-    """Texts of a process run at once; None: the whole batch, smaller when memory runs out. The loss sees the whole batch either way."""
+    """Texts run at once; None: all, fewer when memory runs out. The loss sees all."""
     learning_rate: float = 1e-3
     """Peak of AdamW's learning rate."""
     weight_decay: float = 0.01
     """On matrices only; biases, norms, token weights and scales have none."""
+    projection_rate: float = 1.0
+    """Multiplies the rate of the student's last Dense layer."""
+    token_weight_rate: float = 1.0
+    """Multiplies the rate of a static table's token weights."""
+    table_rate: float = 1.0
+    """Multiplies the rate of the token table, a static one or a transformer's."""
+    layer_decay: float = 1.0
+    """Multiplies the rate of a transformer's layer, once for each layer above it."""
+    start_decay: float | None = None
+    """Pull of a static table's rows to their start, over 1 + the token's count."""
+    ema_decay: float | None = None
+    """Of an average of the weights, which becomes the student: .9 to .999."""
     warmup_fraction: float = 0.1
     """Share of the steps in which the rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -32,9 +59,15 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     """Largest norm of the gradient; None leaves it."""
     dropout: bool = False
-    """Keep the model's own dropout on. A student that copies vectors is better without."""
+    """Keep the model's dropout. A student that copies vectors is better without."""
     bank_size: int = 0
-    """Further teacher vectors of the training texts, at most as many as there are, as columns of student x teacher losses."""
+    """Further teacher vectors, of other texts, as columns of student x teacher losses."""
+    hard_stage: float | None = None
+    """Last share of the steps: the bank is the batch's nearest texts by the teacher."""
+    hard_neighbours: int = 16
+    """Of the hard stage: nearest texts of each text, as far as bank_size goes."""
+    hard_margin: float = 0.95
+    """Of the hard stage: a text of a higher cosine says the same, and is left out."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: autocast in the encoder; losses stay in float32."""
     seed: int = 0
@@ -46,7 +79,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
     """Accelerate trackers beside metrics.jsonl: tensorboard, trackio, wandb."""
     resume: bool = False
-    """Go on from the newest whole checkpoint of the output folder, if there is one."""
+    """Go on from the newest whole checkpoint in the output folder."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -59,6 +92,11 @@ class TrainConfig:
             "clip_norm",
             "save_every",
             "keep_checkpoints",
+            "projection_rate",
+            "token_weight_rate",
+            "table_rate",
+            "start_decay",
+            "hard_neighbours",
         )
         wrong = [
             f"{name} is above 0, got {value}"
@@ -72,5 +110,24 @@ class TrainConfig:
         ]
         if not 0 <= self.warmup_fraction <= 1:
             wrong.append(f"warmup_fraction is 0..1, got {self.warmup_fraction}")
+        wrong += self._wrong_shares()
+        if self.hard_stage is not None and not self.bank_size:
+            wrong.append("hard_stage fills the bank with neighbours: give bank_size, too")
         if wrong:
             raise RecipeError("; ".join(wrong) + ".")
+
+    def _wrong_shares(self) -> list[str]:
+        one_too = {"layer_decay": self.layer_decay, "hard_stage": self.hard_stage, "hard_margin": self.hard_margin}
+        wrong = [f"{n} is above 0, up to 1, got {v}" for n, v in one_too.items() if v is not None and not 0 < v <= 1]
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            wrong.append(f"ema_decay is between 0 and 1, got {self.ema_decay}")
+        return wrong
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to be continued."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _FREE and not (name in _ADDED and value == defaults[name])
+        }

@@ -1,4 +1,4 @@
-"""The training loop: permutation(seed, epoch) -> student vectors -> loss against stored teacher vectors -> AdamW.
+"""The training loop: permutation(seed, epoch) -> student vectors -> loss against stored teacher vectors -> AdamW -> average.
 
 One integer, the step, is the whole position of a run: what is drawn at a step depends on seed and step alone, not on the
 number of processes. Every loss is the loss of the global batch (`distributed.global_loss`).
@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from distill import checkpoint, distributed, files, optimizer, runlog, sampling
+from distill.averaging import WeightAverage
 from distill.encoder import Encoder
 from distill.errors import IntegrityError, NumericsError, RecipeError, Stopped
 from distill.examples import Examples
@@ -52,6 +53,8 @@ def train(
 ) -> Run:
     """Train `student` in place and return the run; writes OUTPUT/metrics.jsonl and OUTPUT/checkpoints.
 
+    With config.ema_decay the student ends as the average of its weights; its last own weights are in the last checkpoint.
+
     Those of an earlier run in OUTPUT are deleted, unless config.resume.
 
     `loss` is called as loss(student, teacher); one with `uses_bank` also gets bank=, keys=, bank_keys=. A loss or gradient
@@ -76,7 +79,9 @@ class _Loop:
         self.gradients = StepGradients(
             student, self.model, micro_batch=config.micro_batch or config.batch_size, device=self.accelerator.device
         )
-        self.feed = Feed(data, store, loss, config, self.accelerator.device)
+        self.feed = Feed(data, store, loss, config, steps=self.steps, device=self.accelerator.device)
+        self.anchor = optimizer.anchor_of(student, data.tokens.ids, config)
+        self.average = WeightAverage(student, config.ema_decay) if config.ema_decay else None
         self._progress(0)
         self.identity = self._identity()
 
@@ -90,6 +95,7 @@ class _Loop:
 
     def _run(self) -> Run:
         first, last = self._resume()
+        self.feed.prepare()
         began, texts = time.monotonic(), 0
         distributed.main_first(partial(runlog.cut, self.output, first))
         self.student.train(self.config.dropout)
@@ -107,6 +113,8 @@ class _Loop:
                     self._save(step + 1, last)
                 if asked and step + 1 < self.steps:
                     raise self._stopped(step + 1, distributed.gather_objects(list(stop)))
+        if self.average:
+            self.average.apply()
         seconds = time.monotonic() - began
         speed, settings = texts / max(seconds, 1e-9), asdict(self.config)
         return Run(self.student, self.steps, seconds, speed, last["loss"], self.output, self.data.report, settings)
@@ -121,10 +129,13 @@ class _Loop:
         if distributed.any_process(not finite, self.accelerator.device):
             self._refuse(step, rows, float(value), float(norm))
         rate = self.rate(step + 0.5)
-        for group in self.adamw.param_groups:
-            group["lr"] = self.config.learning_rate * rate
+        optimizer.set_rate(self.adamw, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.anchor:
+            self.anchor.pull(self.config.learning_rate * self.config.table_rate * rate)
+        if self.average:
+            self.average.update(step)
         parts = {f"loss/{name}": float(part) for name, part in getattr(self.loss, "parts", dict)().items()}
         return {
             "step": step + 1,
@@ -158,12 +169,10 @@ class _Loop:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued, as JSON gives it back."""
-        free = ("micro_batch", "resume", "save_every", "keep_checkpoints", "trackers")
-        chosen = {name: value for name, value in asdict(self.config).items() if name not in free}
         shapes = {name: list(value.shape) for name, value in self.student.state_dict().items()}
         trained = [name for name, parameter in self.student.named_parameters() if parameter.requires_grad]
         return {
-            **chosen,
+            **self.config.identity(),
             "steps": self.steps,
             "loss": _describe(self.loss),
             "texts": files.digest(self.data.keys.numpy().tobytes())[:12],
@@ -177,15 +186,17 @@ class _Loop:
         if not self.config.resume:
             distributed.main_first(partial(checkpoint.clear, folder))
             return 0, nothing
-        found = checkpoint.load_latest(folder, self.student, self.adamw, accept=self._refuse_other)
+        found = checkpoint.load_latest(
+            folder, self.student, self.adamw, accept=self._refuse_other, further=self._kept()
+        )
         return (found.step, found.state["last"]) if found else (0, nothing)
 
     def _refuse_other(self, state: dict[str, Any]) -> None:
         saved = state["identity"]
         differing = [
-            f"{name} (was {saved.get(name)}, is {value})"
-            for name, value in self.identity.items()
-            if saved.get(name) != value
+            f"{name} (was {saved.get(name)}, is {self.identity.get(name)})"
+            for name in self.identity | saved
+            if saved.get(name) != self.identity.get(name)
         ]
         if differing:
             raise IntegrityError(
@@ -193,9 +204,15 @@ class _Loop:
                 "Use the same recipe, another --output, or leave out --train.resume."
             )
 
+    def _kept(self) -> checkpoint.Further:
+        """What a checkpoint holds beside the weights. The start of a table is not built again: it may differ in a bit."""
+        average = {"average": self.average.tensors} if self.average else {}
+        return {**average, **({"start": {"table": self.anchor.start}} if self.anchor else {})}
+
     def _save(self, step: int, last: dict[str, Any]) -> None:
         folder, state = self.output / "checkpoints", {"identity": self.identity, "last": last}
-        checkpoint.save(folder, step, self.student, self.adamw, state, keep=self.config.keep_checkpoints)
+        keep, further = self.config.keep_checkpoints, self._kept()
+        checkpoint.save(folder, step, self.student, self.adamw, state, keep=keep, further=further)
 
     def _stopped(self, step: int, signals: list[list[int]]) -> Stopped:
         number = next(number for numbers in signals for number in numbers)

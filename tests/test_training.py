@@ -16,13 +16,13 @@ import runs
 import torch
 from torch import Tensor, nn
 
-from distill import checkpoint, distributed, losses, sampling, training
+from distill import checkpoint, distributed, files, losses, sampling, training
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import DistillError, IntegrityError, NumericsError, RecipeError, ResourceError, Stopped
 from distill.examples import Examples, match
 from distill.store import Store
-from distill.training import TrainConfig, train
+from distill.training import Run, TrainConfig, train
 
 LONG = {"epochs": 2.0, "save_every": 3, "keep_checkpoints": 20, "dropout": 0.1}  # 10 steps over 40 texts
 
@@ -52,12 +52,13 @@ def checkpointed(output: Path) -> dict[str, dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     folder = sorted((output / "checkpoints").iterdir())[-1]
-    return {name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "rng")}
+    return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
 
 
 def assert_same_state(one: Path, other: Path) -> None:
     """Weights, optimizer and random states of the last checkpoints, and the logged losses: not a bit differs."""
     left, right = checkpointed(one), checkpointed(other)
+    assert {"model", "optimizer", "rng"} <= left.keys() == right.keys()
     for name, tensors in left.items():
         assert tensors.keys() == right[name].keys()
         for key, value in tensors.items():
@@ -361,6 +362,17 @@ def test_a_text_is_no_negative_of_itself(model: str, store: Path, tmp_path: Path
         ({"warmup_fraction": 1.5}, r"warmup_fraction is 0\.\.1"),
         ({"warmup_fraction": math.nan}, r"warmup_fraction is 0\.\.1"),
         ({"batch_size": 0, "seed": -1}, "batch_size.*; seed"),
+        ({"projection_rate": 0.0}, "projection_rate is above 0"),
+        ({"token_weight_rate": -1.0}, "token_weight_rate is above 0"),
+        ({"table_rate": math.inf}, "table_rate is above 0"),
+        ({"layer_decay": 1.1}, "layer_decay is above 0, up to 1, got 1.1"),
+        ({"start_decay": 0.0}, "start_decay is above 0"),
+        ({"ema_decay": 1.0}, "ema_decay is between 0 and 1, got 1.0"),
+        ({"ema_decay": math.nan}, "ema_decay is between 0 and 1"),
+        ({"hard_stage": 0.0, "bank_size": 8}, "hard_stage is above 0, up to 1"),
+        ({"hard_stage": 0.1}, "hard_stage fills the bank with neighbours: give bank_size"),
+        ({"hard_neighbours": 0}, "hard_neighbours is above 0"),
+        ({"hard_margin": 1.5}, "hard_margin is above 0, up to 1"),
     ],
     ids=str,
 )
@@ -526,6 +538,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
         ({"kind": "static"}, "student"),
         ({"seed": 1}, "seed"),
         ({"bank_size": 0}, "bank_size"),
+        ({"ema_decay": 0.9}, r"ema_decay \(was None, is 0.9\)"),
+        ({"projection_rate": 0.5}, r"projection_rate \(was None, is 0.5\)"),
+        ({"hard_stage": 0.5}, r"hard_stage \(was None, is 0.5\)"),
     ],
     ids=str,
 )
@@ -572,6 +587,137 @@ def test_losses_are_told_apart_by_their_options() -> None:
     assert training._describe(same()) != training._describe(partial(losses.cross_kl, temperature=0.2))
     assert training._describe(losses.cross_kl) == "cross_kl"
     assert "0x" not in training._describe(partial(losses.cross_kl))
+
+
+# The average, rates, the pull to the start, and the hard stage
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "averaged": {"ema_decay": 0.8},
+    "rates": {"projection_rate": 0.2, "layer_decay": 0.5, "table_rate": 3.0},
+    "static rates": {"kind": "static", "projection_rate": 0.2, "token_weight_rate": 4.0, "table_rate": 3.0},
+    "pulled": {"kind": "static", "start_decay": 50.0},
+    "hard": {"hard_stage": 0.6, "hard_neighbours": 3, "hard_margin": 1.0},
+    "all": {"kind": "static", "ema_decay": 0.8, "start_decay": 50.0, "hard_stage": 0.5, "hard_margin": 1.0},
+}
+PLAIN = {name: options.get("kind", "layers") for name, options in FEATURES.items()}
+
+
+@pytest.fixture(scope="module")
+def featured(model: str, store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Run]]:
+    """An uninterrupted run with each, and one of each kind without."""
+    folder = tmp_path_factory.mktemp("featured")
+    options = {"static": {"kind": "static"}, "layers": {"kind": "layers"}} | FEATURES
+    return {
+        name: (folder / name, runs.small_run(model, folder / name, store=store, bank_size=16, **LONG, **more))
+        for name, more in options.items()
+    }
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_run_resumed_in_the_middle_of_it_differs_in_no_bit(
+    model: str, store: Path, tmp_path: Path, featured: dict[str, tuple[Path, Run]], name: str
+) -> None:
+    whole, run = featured[name]
+    cut_behind(whole, tmp_path / "run", 6)
+    again = runs.small_run(model, tmp_path / "run", store=store, bank_size=16, resume=True, **LONG, **FEATURES[name])
+    assert_same_state(tmp_path / "run", whole)
+    for key, value in runs.weights(run).items():
+        assert (runs.weights(again)[key] == value).all(), key
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_it_changes_the_run(featured: dict[str, tuple[Path, Run]], name: str) -> None:
+    plain, run = (featured[one][1] for one in (PLAIN[name], name))
+    assert any((runs.weights(run)[key] != value).any() for key, value in runs.weights(plain).items())
+    assert (curve(featured[name][0]) == curve(featured[PLAIN[name]][0])) is (name == "averaged")
+
+
+def test_the_average_is_the_student_and_the_run_keeps_its_own_weights(
+    featured: dict[str, tuple[Path, Run]],
+) -> None:
+    plain, averaged = (checkpointed(featured[name][0]) for name in ("layers", "averaged"))
+    for key, value in plain["model"].items():
+        assert torch.equal(averaged["model"][key], value), key
+    found = runs.weights(featured["averaged"][1])
+    assert "average" not in plain
+    for key, value in averaged["average"].items():
+        assert (found[key] == value.numpy()).all(), key
+    assert any((found[key] != value.numpy()).any() for key, value in averaged["model"].items())
+
+
+def test_a_finished_run_with_an_average_resumed_gives_the_average(
+    model: str, store: Path, tmp_path: Path, featured: dict[str, tuple[Path, Run]]
+) -> None:
+    whole, run = featured["averaged"]
+    cut_behind(whole, tmp_path / "run", 10)
+    again = runs.small_run(
+        model, tmp_path / "run", store=store, bank_size=16, resume=True, **LONG, **FEATURES["averaged"]
+    )
+    for key, value in runs.weights(run).items():
+        assert (runs.weights(again)[key] == value).all(), key
+    assert_same_state(tmp_path / "run", whole)
+
+
+def test_a_run_with_an_average_does_not_go_on_without(
+    model: str, store: Path, featured: dict[str, tuple[Path, Run]]
+) -> None:
+    with pytest.raises(IntegrityError, match=r"what differs: ema_decay \(was 0.8, is None\)"):
+        runs.small_run(model, featured["averaged"][0], store=store, bank_size=16, resume=True, **LONG)
+
+
+def test_settings_that_are_off_are_no_part_of_a_run() -> None:
+    """What identified a run before there were any of them; a checkpoint of that time goes on."""
+    assert set(TrainConfig().identity()) == {
+        *("steps", "epochs", "batch_size", "accumulation", "learning_rate", "weight_decay", "warmup_fraction"),
+        *("schedule", "clip_norm", "dropout", "bank_size", "mixed_precision", "seed"),
+    }
+    assert TrainConfig(ema_decay=0.9).identity()["ema_decay"] == 0.9
+
+
+def test_rare_tokens_stay_near_their_start(model: str, store: Path, tmp_path: Path) -> None:
+    """The pull shortens the way of tokens that come once far more than that of the commonest; unseen ones stay."""
+    moved = {}
+    for strength in (None, 30.0):
+        student, data, stored = runs.prepared(model, store, 40, "static")
+        before = student.backbone.table.detach().clone()
+        config = TrainConfig(batch_size=8, epochs=6.0, learning_rate=1e-2, start_decay=strength)
+        train(student, data, stored, losses.CosineDistance(), config, output=tmp_path / str(strength))
+        moved[strength] = (student.backbone.table.detach() - before).norm(dim=1)
+    counts = torch.bincount(data.tokens.ids.long(), minlength=len(before))
+    groups = {"rare": counts == 1, "common": counts >= counts.topk(5).values.min(), "unseen": counts == 0}
+    left = {name: float(moved[30.0][some].mean() / moved[None][some].mean()) for name, some in groups.items()}
+    assert left["rare"] < 0.6
+    assert left["common"] > 0.65
+    assert left["unseen"] < 0.3  # what moves them is weight decay
+
+
+def test_the_bank_of_the_hard_stage_is_the_neighbours_of_the_batch(model: str, store: Path, tmp_path: Path) -> None:
+    loss = Watching()
+    student, data, stored = runs.prepared(model, store, 40, "static")
+    options = {"batch_size": 8, "bank_size": 16, "epochs": 2.0}
+    config = TrainConfig(**options, hard_stage=0.4, hard_neighbours=2, hard_margin=1.0)
+    train(student, data, stored, loss, config, output=tmp_path / "hard")
+    plain = Watching()
+    train(runs.prepared(model, store, 40, "static")[0], data, stored, plain, TrainConfig(**options), output=tmp_path)
+    for step, (given, usual) in enumerate(zip(loss.given, plain.given, strict=True)):
+        assert torch.equal(given["keys"], usual["keys"])
+        assert torch.equal(given["bank_keys"], usual["bank_keys"]) is (step < 6)
+    vectors = torch.nn.functional.normalize(stored.take(data.rows).double(), dim=1)
+    matrix, rows = vectors @ vectors.T, data.keys.tolist()
+    matrix.fill_diagonal_(-2.0)
+    for given in loss.given[6:]:
+        batch = [rows.index(key) for key in given["keys"].tolist()]
+        bank = [rows.index(key) for key in given["bank_keys"].tolist()]
+        assert torch.equal(given["bank"], stored.take(data.rows[bank]))
+        near = {row for text in batch for row in matrix[text].topk(2).indices.tolist()} - set(batch)
+        assert near
+        assert near == set(bank[: len(near)])
+        assert len(set(bank)) == 16
+
+
+def test_the_hard_stage_needs_a_loss_with_a_bank(model: str, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--train.hard-stage fills the bank of a loss, and this one uses none"):
+        runs.small_run(model, tmp_path, store=store, loss="cosine", bank_size=16, hard_stage=0.5)
 
 
 # Real processes: stops
@@ -682,17 +828,22 @@ MANY: dict[str, dict[str, Any]] = {
     "static": {"loss": "sum", "kind": "static", "count": 3, "epochs": 2.0},
     "in micro-batches": {"loss": "sum", "micro_batch": 1, "count": 13, "accumulation": 2, "epochs": 2.0},
     "float64": {"loss": "sum", "dtype": torch.float64, "bank_size": 16, "epochs": 4.0},
+    "averaged": {"loss": "sum", "bank_size": 16, "epochs": 2.0, "ema_decay": 0.8},
+    "rates": {"loss": "sum", "bank_size": 16, "epochs": 2.0, "projection_rate": 0.2, "layer_decay": 0.5},
+    "hard": {"bank_size": 16, "epochs": 2.0, "hard_stage": 0.6, "hard_neighbours": 3, "hard_margin": 1.0},
+    "pulled": {"kind": "static", "bank_size": 16, "epochs": 2.0, "start_decay": 50.0, "ema_decay": 0.8},
 }
 
 
 def many_runs(model: str, store: str, folder: str) -> dict[str, Any]:
     """In one of several processes: all of MANY, a stop on one process, a NaN on one, a resume with dropout."""
     here = Path(folder)
-    finals = {}
+    finals, averages = {}, []
     for name, options in MANY.items():
         run = runs.small_run(model, here / name, store=store, **options)
         finals[name] = {key: value.ravel().tolist() for key, value in runs.weights(run).items()}
-    found: dict[str, Any] = {"weights": finals if distributed.is_main() else None}
+        averages += [files.digest(value.tobytes()) for value in runs.weights(run).values() if "ema_decay" in options]
+    found: dict[str, Any] = {"weights": finals if distributed.is_main() else None, "averages": averages}
     runs.small_run(model, here / "whole", store=store, **LONG)
     found["codes"] = stopping(model, str(here / "stopped"), store, [signal.SIGTERM], 4, **LONG)
     runs.small_run(model, here / "stopped", store=store, resume=True, **LONG)
@@ -728,6 +879,11 @@ def test_two_processes_train_as_one(name: str, two: tuple[Path, list], model: st
     assert [entry["texts"] for entry in log(folder / name)] == [entry["texts"] for entry in log(tmp_path)]
     theirs = {key: np.array(value) for key, value in found[0]["weights"][name].items()}
     assert_close_weights({key: value.ravel() for key, value in runs.weights(run).items()}, theirs)
+
+
+def test_two_processes_hold_one_average(two: tuple[Path, list]) -> None:
+    first, second = two[1]
+    assert first["averages"] == second["averages"] != []
 
 
 def test_two_processes_stop_and_resume_in_no_bit_different(two: tuple[Path, list]) -> None:
