@@ -184,3 +184,21 @@ def test_every_width_has_a_weight_above_zero(weights: list[float]) -> None:
 def test_a_width_above_the_students_is_refused() -> None:
     with pytest.raises(ValueError, match=r"widths \(4, 16\) and got student \(5, 8\): none can be above 8"):
         Matryoshka(losses.CosineDistance(), [4, 16])(rows(), rows())
+
+
+def test_the_terms_of_a_sum_fade_at_every_width() -> None:
+    student, teacher = rows(), rows()
+    inner = WeightedSum(
+        {"near": losses.EmbeddingMSE(), "gram": losses.GramMSE(), "kl": losses.GramKL()},
+        {"near": 1.0, "gram": linear_decay(4.0, until=0.5), "kl": linear_decay(1.0, until=0.25)},
+    )
+    nested = Matryoshka(inner, (2, 8))
+    for progress, gram, kl in ((0.0, 4.0, 1.0), (0.25, 2.0, 0.0), (0.5, 0.0, 0.0), (1.0, 0.0, 0.0)):
+        nested.set_progress(progress)
+        expected = sum(
+            oracles.embedding_mse(student[:, :w], teacher[:, :w])
+            + gram * oracles.gram_mse(student[:, :w], teacher[:, :w])
+            + kl * oracles.gram_kl(student[:, :w], teacher[:, :w])
+            for w in (2, 8)
+        )
+        assert float(nested(student, teacher)) == pytest.approx(float(expected), rel=1e-6)
