@@ -22,14 +22,16 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from distill import distributed, files, similarity
+from distill import compression, distributed, files, similarity
+from distill.compression import Format
 from distill.data import load_texts
 from distill.encoder import Encoder, Tokenized
-from distill.errors import DataError, DistillError, IntegrityError, NumericsError, ResourceError
+from distill.errors import DataError, DistillError, IntegrityError, NumericsError, RecipeError, ResourceError
 from distill.hub import cache_home
 from distill.modules import Tokens
-from distill.shards import JOB, SHARD_ROWS, Shard
-from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, packed, text_keys
+from distill.rows import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, packed, text_keys
+from distill.shards import JOB, MANIFEST, SAMPLE, SHARD_ROWS, Shard, read_manifest
+from distill.store import Store, refuse_other_fingerprint
 
 WINDOW = 4096  # texts that are sorted by length together; batches are cut from it
 BATCH_TOKENS = 8192
@@ -45,14 +47,12 @@ class _Batch:
     new: np.ndarray
 
 
-def default_store(teacher: Encoder) -> Path:
-    """Where a teacher's vectors lie when no folder is named: the cache, by teacher and fingerprint."""
+def default_store(teacher: Encoder, store_as: str | None = None) -> Path:
+    """Where a teacher's vectors lie when no folder is named: the cache, by teacher, fingerprint and format."""
     fingerprint = sorted(teacher.fingerprint().items())
-    return (
-        cache_home()
-        / "stores"
-        / f"{Path(teacher.name).name}-{hashlib.sha256(repr(fingerprint).encode()).hexdigest()[:12]}"
-    )
+    name = f"{Path(teacher.name).name}-{hashlib.sha256(repr(fingerprint).encode()).hexdigest()[:12]}"
+    form = Format.parse(store_as or "float16")
+    return cache_home() / "stores" / (f"{name}-{form}" if form.compressed else name)
 
 
 def embed(
@@ -62,6 +62,7 @@ def embed(
     *,
     role: str | None = None,
     flush_seconds: float = 30.0,
+    store_as: str | None = None,
 ) -> Store:
     """The store at `path`, with a vector for each of `texts`; what is stored already is not computed again.
 
@@ -69,12 +70,16 @@ def embed(
     process names them in the manifest every `flush_seconds`: a kill loses no more than that. Batches are planned from
     the list of texts that were missing when the job began, which lies in the store until the job is done, so that a
     resumed job runs the same batches and writes the same bits, on any number of processes.
+
+    `store_as` is the format of a store that is made now: float16, int8, pca-K or pca-K-int8 (`compression`); None: float16.
+    To fit it, 16,384 of the texts are embedded before the others, once. RecipeError if the store that stands has another.
     `path=None` is `default_store(teacher)`. NumericsError if the teacher gives (nearly) the same vector for all texts.
     """
-    path = Path(path) if path is not None else distributed.main_first(partial(default_store, teacher))
-    texts = list(dict.fromkeys(texts))
+    path = Path(path) if path is not None else distributed.main_first(partial(default_store, teacher, store_as))
+    texts, prompt = list(dict.fromkeys(texts)), teacher.prompt(role)
+    if store_as and distributed.main_first(partial(_lacks_codec, path, store_as, teacher.width)):
+        _make_compressed(path, store_as, texts, teacher, role, flush_seconds)
     store = _prepare(path, teacher)
-    prompt = teacher.prompt(role)
     keys = text_keys(texts, prompt=prompt)
     if (store.find(keys) < 0).any():
         job = _Job(teacher, texts, keys, partial(teacher.tokenize, prompt=prompt), "teacher vectors", flush_seconds)
@@ -163,8 +168,60 @@ def _prepare(path: Path, teacher: Encoder) -> Store:
 def _create(path: Path, teacher: Encoder) -> None:
     try:
         Store.open_or_create(path, teacher.fingerprint(), teacher.width)
+        if (path / SAMPLE / MANIFEST).exists():
+            _take_in_sample(path)
     except PermissionError as error:
         raise _not_writable(path, error) from error
+
+
+def _lacks_codec(path: Path, store_as: str, width: int) -> bool:
+    """Whether there is no store yet and one with a codec is wanted. RecipeError if there is one of another format."""
+    wanted = Format.parse(store_as)
+    wanted.columns(width)
+    if not (path / MANIFEST).exists():
+        return wanted.compressed
+    found = read_manifest(path).format
+    if found != wanted:
+        way = f"python -m distill.store compress {path} NEW --as {wanted}" if not found.compressed else "embed anew"
+        raise RecipeError(
+            f"{path} holds its vectors as {found}, and {wanted} was asked for. Leave that out, or make another store of it: {way}."
+        )
+    return False
+
+
+def _make_compressed(
+    path: Path, store_as: str, texts: Sequence[str], teacher: Encoder, role: str | None, flush_seconds: float
+) -> None:
+    """Make an empty store whose codec is fitted to some of the texts, evenly spaced.
+
+    These are embedded first, into a float16 store inside it, which `_create` takes in and deletes: no text is computed
+    twice. Killed at any point, the next call goes on from there to the same bits.
+    """
+    chosen = [texts[number] for number in compression.spread(len(texts), compression.FIT_ROWS)]
+    sample = embed(chosen, teacher, path / SAMPLE, role=role, flush_seconds=flush_seconds)
+    rows = sample.find(text_keys(chosen, prompt=teacher.prompt(role)))
+    distributed.main_first(partial(_create_fitted, path, Format.parse(store_as), sample, rows))
+
+
+def _create_fitted(path: Path, form: Format, sample: Store, rows: np.ndarray) -> None:
+    Store.open_or_create(path, sample.fingerprint, sample.width, codec=sample.fit(form, rows))
+
+
+def _take_in_sample(path: Path) -> None:
+    """Write the rows of the sample into the store around it, and delete the sample."""
+    with Store.open(path).lock():
+        if not (path / SAMPLE / MANIFEST).exists():
+            return
+        store, sample = Store.open(path), Store.open(path / SAMPLE)
+        refuse_other_fingerprint(path / SAMPLE, sample.fingerprint, store.fingerprint)
+        store.remove_orphans()
+        store.require_space(len(sample))
+        written: list[Shard] = []
+        for rows in sample.blocks():
+            new = store.find(rows.keys) < 0
+            written += store.append(Rows(*(column[new] for column in vars(rows).values())))
+        store.publish(written)
+        files.remove_folder(path / SAMPLE)
 
 
 @dataclass

@@ -50,6 +50,8 @@ def match(
         torch.cat([part.keys for part in parts]),
     )
     report = "; ".join(part.report for part in parts)
+    if store.distortion:
+        report += f"; teacher vectors as {store.codec.format}: {store.distortion}"
     if not len(joined):
         raise DataError(f"no text is left to train on: {report}.")
     return Examples(joined.texts, joined.tokens, joined.rows, joined.keys, report)

@@ -1,21 +1,23 @@
 """Teacher vectors on disk: sharded, keyed, checked, memory-mapped. A teacher runs once per text in the life of a project.
 
 A store is a folder: safetensors shards of at most 65,536 rows and a manifest.json, written last, that lists them with
-their sha256. A row is a vector (fp16), the 128-bit key of (kind, prompt, exact text), a token count and a flag. Rows are
-found by key, never by number. The fingerprint says which encoder made the vectors; another one is never read by accident.
+their sha256. A row is a vector (float16, or as `compression` has it), the 128-bit key of (kind, prompt, exact text), a token
+count and a flag. Rows are found by key, never by number. The fingerprint says which encoder made the vectors; another one
+is never read by accident.
 
-    python -m distill.store info PATH          what is in it
-    python -m distill.store verify PATH        whether every shard is what was written
+    python -m distill.store info PATH          what is in it, and what compression cost
+    python -m distill.store verify PATH        whether every file is what was written
     python -m distill.store repair PATH        take damaged shards out; embed() computes only their rows anew
+    python -m distill.store compress PATH NEW --as int8     the same rows as int8, pca-256 or pca-256-int8
 """
 
 import argparse
 import hashlib
+import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +29,28 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from distill import files, shards
+from distill import compression, files, shards
+from distill.compression import Codec, Distortion, Format
 from distill.errors import DistillError, IntegrityError, RecipeError, ResourceError
-from distill.shards import JOB, MANIFEST, SHARD_ROWS, Shard
-
-GOOD, NOT_FINITE, ZERO, NO_TOKENS = 0, 1, 2, 3  # flags of a row; only GOOD rows are trained on
-FLAG_NAMES = {NOT_FINITE: "not finite", ZERO: "zero vector", NO_TOKENS: "no tokens"}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows to be written: vectors (n, e), keys (n, 2) uint64, token counts (n), flags (n)."""
-
-    vectors: np.ndarray
-    keys: np.ndarray
-    token_counts: np.ndarray
-    flags: np.ndarray
-
-
-def text_keys(texts: Iterable[str], *, prompt: str = "", kind: str = "text") -> np.ndarray:
-    """128-bit keys (n, 2) uint64 of (kind, prompt, exact text). The same text under two prompts has two keys."""
-    head = f"{kind}\0{len(prompt)}\0{prompt}\0".encode("utf-8", "surrogatepass")
-    digests = (hashlib.blake2b(head + text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts)
-    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+from distill.rows import FLAG_NAMES, GOOD, NOT_FINITE, ZERO, Rows, packed, text_keys
+from distill.rows import NO_TOKENS as NO_TOKENS
+from distill.shards import JOB, MANIFEST, SAMPLE, SHARD_ROWS, CodecFile, Manifest, Shard, forget, verify
 
 
 class Store:
     """A folder of vectors, opened for reading; `append` and `publish` add to it. See the module's text for the format."""
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any], width: int, records: Sequence[Shard]):
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: dict[str, Any],
+        width: int,
+        records: Sequence[Shard],
+        codec: Codec | None = None,
+    ):
         self.path, self.fingerprint, self.width = path, fingerprint, width
+        self.codec = codec or Codec(width)
+        self._codec_file: CodecFile | None = None
         self.shards: list[Shard] = []
         self._vectors: list[np.ndarray] = []
         self.keys = np.zeros((0, 2), np.uint64)
@@ -75,25 +69,44 @@ class Store:
         path = Path(path)
         manifest = shards.read_manifest(path)
         if fingerprint is not None:
-            refuse_other_fingerprint(path, manifest["fingerprint"], fingerprint)
-        return cls(path, manifest["fingerprint"], manifest["width"], [Shard(**shard) for shard in manifest["shards"]])
+            refuse_other_fingerprint(path, manifest.fingerprint, fingerprint)
+        codec = shards.read_codec(path, manifest)
+        opened = cls(path, manifest.fingerprint, manifest.width, manifest.shards, codec)
+        opened._codec_file = manifest.codec
+        return opened
 
     @classmethod
-    def open_or_create(cls, path: str | Path, fingerprint: dict[str, Any], width: int) -> "Store":
-        """Open a store that is to be complete for this encoder; make it if there is none. Shards that are gone are taken out."""
+    def open_or_create(
+        cls, path: str | Path, fingerprint: dict[str, Any], width: int, *, codec: Codec | None = None
+    ) -> "Store":
+        """Open a store that is to be complete for this encoder; make it if there is none. Shards that are gone are taken out.
+
+        `codec` is that of a store which is made now; one that stands keeps its own.
+        """
         path = Path(path)
         if not (path / MANIFEST).exists():
-            _create(cls(path, fingerprint, width, []))
+            _create(cls(path, fingerprint, width, [], codec))
         manifest = shards.read_manifest(path)
-        gone = [shard["file"] for shard in manifest["shards"] if not (path / shard["file"]).exists()]
+        gone = [shard.file for shard in manifest.shards if not (path / shard.file).exists()]
         if gone:
-            refuse_other_fingerprint(path, manifest["fingerprint"], fingerprint)
+            refuse_other_fingerprint(path, manifest.fingerprint, fingerprint)
             print(f"{path}: {', '.join(gone)} missing; their rows are computed anew", file=sys.stderr)
             forget(path, gone)
         return cls.open(path, fingerprint)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def identity(self) -> str:
+        """Digest of what its vectors depend on: the fingerprint and the codec."""
+        parts = [self.fingerprint, str(self.codec.format), self._codec_file and self._codec_file.sha256]
+        return files.digest(json.dumps(parts, sort_keys=True).encode())
+
+    @property
+    def distortion(self) -> Distortion | None:
+        """What compression cost, over all shards, as it was measured when they were written; None for plain float16."""
+        return Distortion.over([shard.distortion for shard in self.shards if shard.distortion])
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Row number of each key (n, 2), -1 where it is not stored. Cost: O(n log rows)."""
@@ -109,18 +122,25 @@ class Store:
         return np.where(ordered[place] == wanted, order[place], -1)
 
     def take(self, rows: np.ndarray) -> Float[Tensor, "n e"]:
-        """Vectors of row numbers, float32, in that order, read through the memory map (sorted inside a shard)."""
+        """Vectors of row numbers, float32, in that order, read through the memory map (sorted inside a shard).
+
+        Of full width however they are stored. A row whose flag is NOT_FINITE has NaN, one that is ZERO zeros.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(
                 f"rows are 0..{len(self) - 1}, got {rows.min()}..{rows.max()}; -1 stands for a text that is not stored"
             )
-        out = np.empty((len(rows), self.width), np.float32)
+        columns = np.empty((len(rows), self.codec.columns), np.float32)
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows[order], self._starts)
         for shard, start, stop, first in zip(self._vectors, bounds[:-1], bounds[1:], self._starts, strict=False):
             places = order[start:stop]
-            out[places] = shard[rows[places] - first]
+            columns[places] = shard[rows[places] - first]
+        out = self.codec.decode(columns)
+        if self.codec.format.compressed:
+            flags = self.flags[rows]
+            out[flags == NOT_FINITE], out[flags == ZERO] = np.nan, 0.0
         return torch.from_numpy(out)
 
     def vectors(self, texts: Sequence[str], *, prompt: str = "") -> Float[Tensor, "n e"]:
@@ -134,6 +154,18 @@ class Store:
             )
         return self.take(rows)
 
+    def fit(self, form: Format, rows: np.ndarray | None = None) -> Codec:
+        """The codec of a format for these rows (None: all), fitted to at most 16,384 of them that are good, evenly spaced."""
+        rows = np.arange(len(self)) if rows is None else rows
+        good = rows[self.flags[rows] == GOOD]
+        return compression.fit(form, self.take(good[compression.spread(len(good), compression.FIT_ROWS)]).numpy())
+
+    def blocks(self, rows: int = SHARD_ROWS) -> Iterator[Rows]:
+        """Everything, `rows` rows at a time, in the order of row numbers."""
+        for start in range(0, len(self), rows):
+            here = np.arange(start, min(start + rows, len(self)))
+            yield Rows(self.take(here).numpy(), self.keys[here], self.token_counts[here], self.flags[here])
+
     def append(self, rows: Rows) -> list[Shard]:
         """Write rows into new shard files and return their records. They count only once `publish` has named them."""
         return [
@@ -143,7 +175,10 @@ class Store:
 
     def publish(self, records: Sequence[Shard]) -> None:
         """Add written shards to the manifest. One process at a time: hold `lock()`."""
-        _write_manifest(self.path, self.fingerprint, self.width, [*self.shards, *records])
+        self._codec_file = self._codec_file or shards.write_codec(self.path, self.codec)
+        everything = [*self.shards, *records]
+        manifest = Manifest(self.fingerprint, self.width, everything, self.codec.format, self._codec_file)
+        shards.write_manifest(self.path, manifest)
         self._attach(records)
 
     def lock(self, *, timeout_seconds: float = -1) -> FileLock:
@@ -151,22 +186,28 @@ class Store:
         return FileLock(self.path / ".lock", timeout=timeout_seconds)
 
     def orphans(self) -> list[str]:
-        """Shard files that no manifest names: a killed writer left them."""
-        known = {shard.file for shard in self.shards}
-        return sorted(item.name for item in self.path.glob("rows-*.safetensors") if item.name not in known)
+        """Files that no manifest names: a killed writer left them."""
+        known = {shard.file for shard in self.shards} | ({self._codec_file.file} if self._codec_file else set())
+        found = [*self.path.glob("rows-*.safetensors"), *self.path.glob("codec-*.safetensors")]
+        return sorted(item.name for item in found if item.name not in known)
 
     def remove_orphans(self) -> list[str]:
-        """Delete what a killed writer left behind, and return the names of its shards. Hold `lock()`."""
+        """Delete what a killed writer left behind, and return the names of its files. Hold `lock()`."""
         orphans = self.orphans()
         for name in orphans:
             (self.path / name).unlink(missing_ok=True)
-        for name in ("rows-*", MANIFEST, JOB):
+        for name in ("rows-*", "codec-*", MANIFEST, JOB, SAMPLE):
             files.remove_unfinished(self.path, name)
         return orphans
 
+    @property
+    def row_bytes(self) -> int:
+        """Of the vector, and of key, token count and flag, which are 21."""
+        return self.codec.format.row_bytes(self.width) + 21
+
     def require_space(self, rows: int) -> None:
         """ResourceError with needed and free bytes, before anything is written."""
-        needed, free = rows * (2 * self.width + 21) * 11 // 10, shutil.disk_usage(self.path).free
+        needed, free = rows * self.row_bytes * 11 // 10, shutil.disk_usage(self.path).free
         if needed > free:
             raise ResourceError(
                 f"{rows:,} vectors of width {self.width} need {needed:,} bytes under {self.path}; {free:,} are free."
@@ -174,8 +215,9 @@ class Store:
 
     def _write(self, rows: Rows) -> Shard:
         self.path.mkdir(parents=True, exist_ok=True)
+        columns = self.codec.encode(rows.vectors)
         tensors = {
-            "vectors": np.ascontiguousarray(rows.vectors, dtype=np.float16),
+            "vectors": columns,
             "keys": np.ascontiguousarray(rows.keys),
             "token_counts": rows.token_counts.astype(np.int32),
             "flags": rows.flags.astype(np.uint8),
@@ -189,14 +231,20 @@ class Store:
             raise ResourceError(
                 f"{len(rows.keys):,} rows cannot be written under {self.path}: {error}. What is stored is untouched; run again to go on."
             ) from error
-        return Shard(name, len(rows.keys), size, digest)
+        return Shard(name, len(rows.keys), size, digest, self._distortion(rows, columns))
+
+    def _distortion(self, rows: Rows, columns: np.ndarray) -> Distortion | None:
+        if not self.codec.format.compressed:
+            return None
+        good = rows.flags == GOOD
+        return compression.measure(rows.vectors[good], columns[good], self.codec)
 
     def _attach(self, records: Sequence[Shard]) -> None:
         columns: dict[str, list[np.ndarray]] = {
             name: [getattr(self, name)] for name in ("keys", "token_counts", "flags")
         }
         for shard in records:
-            small, vectors = shards.map_shard(self.path / shard.file, shard, self.width)
+            small, vectors = shards.map_shard(self.path / shard.file, shard, self.codec.columns, self.codec.format)
             for name, column in small.items():
                 columns[name].append(column)
             self._vectors.append(vectors)
@@ -209,7 +257,8 @@ class Store:
 
 def _create(store: Store) -> None:
     """An empty manifest, by one of the processes that may want the same store at this moment."""
-    others = [item.name for item in store.path.iterdir() if item.name[0] != "."] if store.path.is_dir() else []
+    inside = store.path.iterdir() if store.path.is_dir() else []
+    others = [item.name for item in inside if item.name[0] != "." and not item.match("codec-*.safetensors")]
     if others and not (store.path / MANIFEST).exists():
         raise RecipeError(
             f"{store.path} is a folder with other things in it ({', '.join(sorted(others)[:3])}) and no {MANIFEST}. "
@@ -221,45 +270,46 @@ def _create(store: Store) -> None:
             store.publish([])
 
 
-def _write_manifest(path: Path, fingerprint: dict[str, Any], width: int, records: Sequence[Shard]) -> None:
-    manifest = {
-        "format": "distill-store",
-        "version": 1,
-        "fingerprint": fingerprint,
-        "width": width,
-        "dtype": "float16",
-        "shards": [asdict(shard) for shard in records],
-    }
-    try:
-        files.write_json(path / MANIFEST, manifest)
-    except OSError as error:
-        raise ResourceError(f"{path / MANIFEST} cannot be written: {error}. The one before is untouched.") from error
+def write_store(
+    path: str | Path,
+    fingerprint: dict[str, Any],
+    width: int,
+    blocks: Iterable[Rows],
+    *,
+    rows: int,
+    codec: Codec | None = None,
+) -> Store:
+    """A new store of `rows` rows, which come in blocks. It appears whole or not at all.
 
-
-def forget(path: Path, names: Iterable[str]) -> None:
-    """Take shards out of a store's manifest, then delete their files. embed() computes their rows anew. Takes the lock."""
-    with FileLock(path / ".lock"):
-        manifest = shards.read_manifest(path)
-        kept = [Shard(**shard) for shard in manifest["shards"] if shard["file"] not in set(names)]
-        _write_manifest(path, manifest["fingerprint"], manifest["width"], kept)
-        for name in names:
-            (path / name).unlink(missing_ok=True)
-
-
-def verify(path: str | Path) -> dict[str, str]:
-    """Check every shard of a store against its manifest: {file: what is wrong}, empty when all is well. Cost: reads it once."""
+    What a killed call left beside `path` is removed by the next. RecipeError if something is there.
+    """
     path = Path(path)
-    manifest = shards.read_manifest(path)
-    damaged: dict[str, str] = {}
-    for record in manifest["shards"]:
-        shard = Shard(**record)
-        try:
-            shards.map_shard(path / shard.file, shard, manifest["width"])
-            if files.sha256(path / shard.file) != shard.sha256:
-                damaged[shard.file] = "content differs from its sha256"
-        except (IntegrityError, OSError) as error:
-            damaged[shard.file] = str(error)
-    return damaged
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / f".{path.name}-lock"):
+        files.remove_unfinished(path.parent, path.name)
+        if path.exists() and any(path.iterdir()):
+            raise RecipeError(f"{path} is there already. Name a new folder, or delete it.")
+        with files.published_folder(path) as temporary:
+            made = Store(temporary, fingerprint, width, [], codec)
+            made.require_space(rows)
+            made.publish([record for block in blocks for record in made.append(block)])
+    return Store.open(path)
+
+
+def compress(path: str | Path, new: str | Path, form: str) -> Store:
+    """Write the rows of a float16 store into a new one, as int8, pca-K or pca-K-int8; `distortion` says what it cost.
+
+    The codec is fitted to 16,384 rows, evenly spaced. embed() adds to the new store with the same codec. Cost: reads the
+    store once; 2ek FLOP a row with PCA.
+    """
+    source, wanted = Store.open(path), Format.parse(form)
+    if source.codec.format.compressed or not wanted.compressed:
+        raise RecipeError(
+            f"compress makes int8, pca-K or pca-K-int8 of float16, so that what is lost is measured against the teacher; "
+            f"{path} holds {source.codec.format}, and {wanted} was asked for."
+        )
+    codec = source.fit(wanted)
+    return write_store(new, source.fingerprint, source.width, source.blocks(), rows=len(source), codec=codec)
 
 
 def refuse_other_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -274,24 +324,18 @@ def refuse_other_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[st
         raise IntegrityError(f"{path} holds the vectors of another encoder. What differs:{lines}\n{way}")
 
 
-def packed(keys: np.ndarray) -> np.ndarray:
-    """(n, 2) uint64 -> (n) byte strings of 16, which numpy sorts and compares whole."""
-    return np.ascontiguousarray(keys).view("S16").reshape(-1)
-
-
 def _short(value: Any) -> str:
     text = str(value)
     return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """python -m distill.store info|verify|repair PATH: what is in a store, whether it is whole, and to make it whole again."""
-    parser = argparse.ArgumentParser(prog="python -m distill.store", description="Look at a store of teacher vectors.")
-    parser.add_argument("command", choices=("info", "verify", "repair"))
-    parser.add_argument("path", type=Path)
-    options = parser.parse_args(arguments)
+    """python -m distill.store info|verify|repair|compress: what is in a store, whether it is whole, to mend it, to make it smaller."""
+    options = _parser().parse_args(arguments)
     commands = {"info": _print_info, "verify": _print_verify, "repair": _repair}
     try:
+        if options.command == "compress":
+            return _compress(options.path, options.new, options.form)
         return commands[options.command](options.path)
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -301,19 +345,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ResourceError.exit_code
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m distill.store", description="Look at a store of teacher vectors.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in {
+        "info": "what is in it, and what compression cost",
+        "verify": "whether every file is what was written",
+        "repair": "take damaged shards out; embed() computes only their rows anew",
+        "compress": "write its rows into a new store, in fewer bytes",
+    }.items():
+        commands.add_parser(name, help=what, description=what).add_argument("path", type=Path)
+    smaller = commands.choices["compress"]
+    smaller.add_argument("new", type=Path, help="folder of the new store")
+    smaller.add_argument("--as", dest="form", default="int8", help="int8, pca-K or pca-K-int8, as pca-256")
+    return parser
+
+
 def _print_verify(path: Path) -> int:
     damaged = verify(path)
     for file, problem in damaged.items():
         print(f"{file}: {problem}")
-    count = len(shards.read_manifest(path)["shards"])
-    print(f"{path}: {count - len(damaged)} of {count} shards are whole")
+    names = [shard.file for shard in shards.read_manifest(path).shards]
+    print(f"{path}: {len(names) - len(damaged.keys() & set(names))} of {len(names)} shards are whole")
     return IntegrityError.exit_code if damaged else 0
 
 
 def _repair(path: Path) -> int:
+    shards.read_codec(path, shards.read_manifest(path))  # raises: what it belongs to cannot be mended by shards
     damaged = verify(path)
     forget(path, damaged)
     print(f"{path}: {len(damaged)} damaged shards taken out. Run embed() again: only their rows are computed anew.")
+    return 0
+
+
+def _compress(path: Path, new: Path, form: str) -> int:
+    small = compress(path, new, form)
+    before, after = (sum(shard.bytes for shard in one.shards) for one in (Store.open(path), small))
+    print(f"{new}: {len(small):,} rows as {form}, {before:,} bytes are {after:,}; {small.distortion}")
     return 0
 
 
@@ -325,6 +393,9 @@ def _print_info(path: Path) -> int:
     print(
         f"rows: {len(store):,} of width {store.width}, {len(store.shards)} shards, {sum(s.bytes for s in store.shards):,} bytes"
     )
+    print(f"stored as: {store.codec.format}, {store.row_bytes} bytes a row")
+    if store.distortion:
+        print(f"lost by that: {store.distortion}")
     print("set aside: " + (", ".join(f"{count} {name}" for name, count in flagged.items() if count) or "none"))
     return 0
 

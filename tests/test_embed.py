@@ -15,11 +15,11 @@ import runs
 import torch
 from filelock import FileLock
 
-from distill import distributed
+from distill import compression, distributed
 from distill import embed as module
 from distill.embed import default_store, embed, embed_vocabulary, import_vectors, main
 from distill.encoder import Encoder
-from distill.errors import DataError, IntegrityError, NumericsError, ResourceError
+from distill.errors import DataError, IntegrityError, NumericsError, RecipeError, ResourceError
 from distill.examples import match
 from distill.modules import Tokens
 from distill.store import GOOD, NO_TOKENS, NOT_FINITE, Store, text_keys
@@ -225,6 +225,95 @@ def test_whole_windows_are_dealt_out_where_there_are_many(
     assert len(expected) == 100
 
 
+# Compressed
+
+
+@pytest.fixture
+def small_sample(monkeypatch: pytest.MonkeyPatch, small_windows: None) -> None:
+    """A codec is fitted to 40 texts, so that others come after it."""
+    monkeypatch.setattr(compression, "FIT_ROWS", 40)
+
+
+@pytest.mark.parametrize("store_as", ["int8", "pca-24", "pca-24-int8"])
+def test_vectors_are_compressed_as_they_come(
+    teacher: Encoder, counted: Counted, tmp_path: Path, store_as: str, small_sample: None
+) -> None:
+    texts = runs.texts(100)
+    expected = teacher.encode(texts)
+    counted.texts = 0
+    store = embed(texts, teacher, tmp_path, store_as=store_as)
+    assert counted.texts == len(store) == 100
+    assert str(Store.open(tmp_path).codec.format) == store_as
+    agreement = torch.nn.functional.cosine_similarity(store.vectors(texts), expected)
+    assert agreement.min() > (0.999 if store_as == "int8" else 0.9)
+    assert store.distortion is not None
+    assert store.distortion.rows == 100
+    assert abs(1 - agreement.mean().item() - store.distortion.mean) < 1e-4
+    assert not (tmp_path / ".sample").exists()
+    more = embed([*texts, *runs.texts(130)[100:]], teacher, tmp_path)
+    assert counted.texts == len(more) == 130
+    assert torch.equal(more.vectors(texts), store.vectors(texts))
+
+
+def test_a_store_keeps_its_format(teacher: Encoder, tmp_path: Path) -> None:
+    embed(runs.texts(40), teacher, tmp_path / "plain")
+    embed(runs.texts(40), teacher, tmp_path / "small", store_as="int8")
+    with pytest.raises(RecipeError, match=r"as float16, and int8 was asked for(.|\n)*distill.store compress"):
+        embed(runs.texts(40), teacher, tmp_path / "plain", store_as="int8")
+    with pytest.raises(RecipeError, match="as int8, and float16 was asked for"):
+        embed(runs.texts(40), teacher, tmp_path / "small", store_as="float16")
+    with pytest.raises(RecipeError, match="keeps 32 of 32 columns"):
+        embed(runs.texts(40), teacher, tmp_path / "other", store_as="pca-32")
+    with pytest.raises(RecipeError, match="not as 'zip'"):
+        embed(runs.texts(40), teacher, tmp_path / "other", store_as="zip")
+    assert not (tmp_path / "other").exists()
+    assert len(embed(runs.texts(50), teacher, tmp_path / "plain", store_as="float16")) == 50
+    assert default_store(teacher, "int8") == default_store(teacher).with_name(default_store(teacher).name + "-int8")
+
+
+def test_too_few_texts_for_so_many_components_are_refused_and_kept(
+    teacher: Encoder, counted: Counted, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="pca-24 is fitted to 24 rows or more, got 20"):
+        embed(runs.texts(20), teacher, tmp_path, store_as="pca-24")
+    embed(runs.texts(30), teacher, tmp_path, store_as="pca-24")
+    assert counted.texts == 30
+
+
+def test_a_compressed_store_holds_the_vocabulary_and_vectors_that_exist(teacher: Encoder, tmp_path: Path) -> None:
+    texts = runs.texts(60)
+    embed(texts[:30], teacher, tmp_path, store_as="int8")
+    vectors = embed_vocabulary(teacher, tmp_path)
+    assert torch.nn.functional.cosine_similarity(vectors, teacher.encode_vocabulary()).min() > 0.99
+    store = import_vectors(texts, teacher.encode(texts).numpy(), teacher, tmp_path)
+    assert len(store) == 60 + len(teacher.tokenizer)
+    assert "teacher vectors as int8: 1 - cosine" in match(texts, runs.student("static", teacher), teacher, store).report
+
+
+@pytest.mark.parametrize("at", ["sample", "fit", "taking in", "others"])
+def test_a_compressed_build_that_stops_anywhere_goes_on_to_the_same_bits(
+    teacher: Encoder, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_sample: None, at: str
+) -> None:
+    texts = runs.texts(100)
+    expected = embed(texts, teacher, tmp_path / "whole", flush_seconds=0.0, store_as="pca-24-int8").vectors(texts)
+    counted.texts = 0
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        if at in ("fit", "taking in"):
+            patch.setattr(module, {"fit": "_create_fitted", "taking in": "_take_in_sample"}[at], stop)
+        else:
+            compute, last = teacher.compute, 20 if at == "sample" else 70
+            patch.setattr(teacher, "compute", lambda tokens: stop() if counted.texts > last else compute(tokens))
+        with pytest.raises(MemoryError):
+            embed(texts, teacher, tmp_path / "cut", flush_seconds=0.0, store_as="pca-24-int8")
+    assert 0 < counted.texts < 100
+    assert torch.equal(embed(texts, teacher, tmp_path / "cut", store_as="pca-24-int8").vectors(texts), expected)
+    assert not (tmp_path / "cut" / ".sample").exists()
+
+
 # Vectors that exist already
 
 
@@ -303,9 +392,11 @@ def test_the_command_that_imports(
 # Real processes
 
 
-def build(model: str, path: str, count: int, flush_seconds: float = 30.0, wait: float = 0.0) -> dict[str, Any]:
+def build(
+    model: str, path: str, count: int, flush_seconds: float = 30.0, wait: float = 0.0, store_as: str | None = None
+) -> dict[str, Any]:
     """In a process of its own: embed, slowly if `wait` says so; how many texts it computed and what is stored."""
-    module.WINDOW, module.BATCH_TOKENS = 32, 64
+    module.WINDOW, module.BATCH_TOKENS, compression.FIT_ROWS = 32, 64, 80
     teacher, computed = runs.teacher(model), 0
     compute = teacher.compute
 
@@ -317,7 +408,7 @@ def build(model: str, path: str, count: int, flush_seconds: float = 30.0, wait: 
 
     teacher.compute = slowly  # type: ignore[method-assign]
     texts = runs.texts(count)
-    store = embed(texts, teacher, Path(path), flush_seconds=flush_seconds)
+    store = embed(texts, teacher, Path(path), flush_seconds=flush_seconds, store_as=store_as)
     return {"computed": computed, "rows": len(store), "bits": store.vectors(texts).sum().item()}
 
 
@@ -367,6 +458,22 @@ def test_two_independent_processes_share_one_store(serial: torch.Tensor, tiny_be
     assert [group.wait() for group in groups] == [[0], [0]]
     assert sorted(group.results()[0]["computed"] for group in groups) == [0, COUNT]
     assert torch.equal(Store.open(path).vectors(runs.texts(COUNT)), serial)
+
+
+@pytest.mark.parametrize("pattern", [".sample/rows-*.safetensors", "rows-*.safetensors"], ids=["sample", "others"])
+def test_a_killed_compressed_build_goes_on_to_the_same_bits(tiny_bert: Path, tmp_path: Path, pattern: str) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"model": tiny_bert, "count": COUNT, "store_as": "int8", "flush_seconds": 0.05}
+    processes.run(build, 1, tmp_path / "a", path=whole, **options)
+    group = processes.start(build, 2, tmp_path / "b", path=cut, wait=0.05, **options)
+    group.wait_until(lambda: len([*cut.glob(pattern)]) >= 3)
+    group.kill()
+    found = processes.run(build, 2, tmp_path / "c", path=cut, **options)
+    assert 0 < sum(one["computed"] for one in found) < COUNT
+    assert [one["rows"] for one in found] == [COUNT, COUNT]
+    assert torch.equal(*(Store.open(path).vectors(runs.texts(COUNT)) for path in (cut, whole)))
+    left = sorted(item.name.split("-")[0] for item in cut.iterdir() if not item.name.startswith("rows-"))
+    assert left == [".lock", "codec", "manifest.json"]
 
 
 def test_a_store_may_be_made_by_many_at_once(tmp_path: Path) -> None:
