@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from distill.encoder import Encoder
@@ -14,6 +14,7 @@ from distill.folder import UNLIMITED
 from distill.modules import Dense, Normalize, StaticTable
 from distill.students.projection import last_linear
 from distill.students.summary import named
+from distill.students.vocabulary import Vocabulary, bare_tokenizer, fit_vocabulary
 
 SIF_SMOOTHING = 3e-4  # Arora et al. 2017: a token of probability p weighs a / (a + p)
 
@@ -22,26 +23,43 @@ def static(
     teacher: Encoder,
     *,
     width: int = 256,
+    vocabulary: Vocabulary | Sequence[str] | None = None,
     token_vectors: Float[Tensor, "v e"] | None = None,
+    word_vectors: Float[Tensor, "w e"] | None = None,
     texts: Sequence[str] | None = None,
 ) -> Encoder:
     """A table of token vectors: the teacher's own output for each token, on its `width` principal directions.
 
     A text is the weighted mean of its tokens, brought to the teacher's width by a Dense layer that starts as the
     principal directions themselves. Token weights are SIF over the tokens of `texts`, or Zipf's law by token id.
-    `token_vectors` are `embed.embed_vocabulary`'s; without them the teacher runs over its vocabulary here.
+    `vocabulary` is `fit_vocabulary`'s, or a corpus, whose tokens are kept; None: the teacher's whole vocabulary.
+    `token_vectors` are `embed.embed_vocabulary`'s, by the teacher's ids, and `word_vectors` the teacher's of
+    `vocabulary.words`; what is not given the teacher computes here.
     """
     teacher.require_transformer()
+    if vocabulary is not None and not isinstance(vocabulary, Vocabulary):
+        texts = vocabulary if texts is None else texts
+        vocabulary = fit_vocabulary(teacher, vocabulary)
     vectors = teacher.encode_vocabulary() if token_vectors is None else token_vectors
+    if vocabulary is not None:
+        words = teacher.encode(vocabulary.words, progress="words") if word_vectors is None else word_vectors
+        vectors = vocabulary.vectors(vectors, words)
     if not 1 <= width <= vectors.shape[1]:
         raise RecipeError(f"a static student of {teacher.name} has width 1..{vectors.shape[1]}, got {width}.")
-    tokenizer = _bare_tokenizer(teacher)
+    tokenizer = bare_tokenizer(teacher) if vocabulary is None else vocabulary.tokenizer
+    kind = f"static-{width}" + ("" if vocabulary is None else f"-{len(vocabulary)}-tokens")
+    return named(_built(teacher, tokenizer, vectors, width, texts), kind, teacher)
+
+
+def _built(
+    teacher: Encoder, tokenizer: Tokenizer, vectors: Float[Tensor, "v e"], width: int, texts: Sequence[str] | None
+) -> Encoder:
     mean, directions = _principal_directions(vectors, width)
     table = StaticTable((vectors - mean) @ directions.T, _token_weights(tokenizer, len(vectors), texts))
     student = Encoder(table, tokenizer, head=[Dense(width, teacher.width), Normalize()], max_length=UNLIMITED)
     with torch.no_grad():
         last_linear(student).weight.copy_(directions.T)
-    return named(student, f"static-{width}", teacher)
+    return student
 
 
 def _principal_directions(
@@ -66,13 +84,3 @@ def _token_weights(tokenizer: Tokenizer, size: int, texts: Sequence[str] | None)
         )
         frequencies = torch.tensor([counts[token] + 1.0 for token in range(size)])
     return SIF_SMOOTHING / (SIF_SMOOTHING + frequencies / frequencies.sum())
-
-
-def _bare_tokenizer(teacher: Encoder) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(teacher.tokenizer.backend_tokenizer.to_str())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    if teacher.lowercase:
-        before = [tokenizer.normalizer] if tokenizer.normalizer else []
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
-    return tokenizer
