@@ -1,30 +1,39 @@
 """The last linear layer of a student: the closed-form map from its own space into the teacher's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.heads import Projection
 from distill.modules import Dense
 from distill.similarity import normalize
+from distill.students.summary import texts_by_role, usable_rows
+
+BATCH = 4096  # texts that are encoded, and whose vectors are read, together
+
+Read = Callable[[Sequence[str], str | None], Tensor]
+"""Some texts and their role -> the teacher's vectors of them (n, e), as from a store."""
 
 
 @torch.no_grad()
 def fit_projection(
     student: Encoder,
     texts: Sequence[str] | Mapping[str, Sequence[str]],
-    vectors: Float[Tensor, "n e"],
+    vectors: Float[Tensor, "n e"] | Read,
     *,
     ridge: float | None = None,
 ) -> None:
     """Set the student's last Dense layer to the ridge regression from its vectors of `texts` to the teacher's `vectors`.
 
     Closed form over all rows whose vector is finite and not zero; `ridge=None` chooses the penalty on held-out rows.
-    `texts` may be by role, with `vectors` in the same order. Cost: one pass of the student.
+    `texts` may be by role, with `vectors` in the same order. `vectors` may be a function that reads those of 4,096 texts:
+    `lambda some, role: store.vectors(some, prompt=teacher.prompt(role))`. Cost: one pass of the student; memory for
+    4,096 rows, at most as many held-out ones, and O(d^2 + d * e), however many texts there are.
     """
     last, head = last_linear(student), student.head
     place = next(number for number, layer in enumerate(head) if getattr(layer, "linear", None) is last)
@@ -36,13 +45,10 @@ def fit_projection(
         )
     student.head = nn.Sequential(*list(head)[:place])
     try:
-        by_role = texts.items() if isinstance(texts, Mapping) else [(None, texts)]
-        inputs = torch.cat([student.encode(some, role=role, progress="projection") for role, some in by_role])
+        solved = Projection.fit_batches(_batches(student, texts, vectors), ridge=ridge)
     finally:
         student.head = head
-    # Rows enter as directions: the student is compared by cosine, so a long text must not count for more.
-    good = vectors.isfinite().all(dim=1) & vectors.any(dim=1)
-    last.weight.copy_(Projection.ridge(normalize(inputs[good]), vectors[good], ridge=ridge).weight)
+    last.weight.copy_(solved.weight)
     if last.bias is not None:
         last.bias.zero_()
 
@@ -52,3 +58,25 @@ def last_linear(student: Encoder) -> nn.Linear:
     if not dense:
         raise RecipeError(f"{student.name} has no Dense layer to fit; build it with projection=True.")
     return dense[-1].linear
+
+
+def _batches(
+    student: Encoder, texts: Sequence[str] | Mapping[str, Sequence[str]], vectors: Tensor | Read
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of the student beside the teacher's, those that can be used, batch by batch.
+
+    The student's enter as directions: it is compared by cosine, so a long text must not count for more.
+    """
+    roles = texts_by_role(texts)
+    total, seen = sum(len(some) for _, some in roles), 0
+    if isinstance(vectors, Tensor) and len(vectors) != total:
+        raise RecipeError(f"fit_projection takes one teacher vector a text, got {len(vectors)} for {total} texts.")
+    with tqdm(total=total, desc="projection", unit="text", delay=2, disable=None) as bar:
+        for role, some in roles:
+            for start in range(0, len(some), BATCH):
+                batch = some[start : start + BATCH]
+                targets = vectors[seen : seen + len(batch)] if isinstance(vectors, Tensor) else vectors(batch, role)
+                good = usable_rows(targets)
+                yield normalize(student.encode(batch, role=role))[good], targets[good]
+                seen += len(batch)
+                bar.update(len(batch))
