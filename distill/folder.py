@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distill import files
 from distill.errors import IntegrityError, RecipeError
 from distill.modules import Dense, Normalize, Pooling, StaticTable, TransformerBackbone
+from distill.quantized import INT8_MODULE, TableFormat, read_table, stored, table_tensors
 
 UNLIMITED = 10**9  # max_length of a static table: it has no positions to run out of
 _LEGACY_POOLING = {
@@ -49,12 +50,15 @@ def write(parts: Parts, folder: Path) -> None:
     for layer in parts.head:
         _check_writable(layer)
     backbone = parts.backbone
+    form: TableFormat = backbone.stored_as if isinstance(backbone, StaticTable) else "float32"
     names = ["StaticEmbedding"] if isinstance(backbone, StaticTable) else ["Transformer", "Pooling"]
     names += [type(layer).__name__ for layer in parts.head]
     modules = [
         {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
         for i, name in enumerate(names)
     ]
+    if form == "int8":
+        modules[0]["type"] = INT8_MODULE
     for module in modules[1:]:
         (folder / str(module["path"])).mkdir()
     if isinstance(backbone, StaticTable):
@@ -63,7 +67,7 @@ def write(parts: Parts, folder: Path) -> None:
         _write_transformer(backbone, parts, folder)
     for module, layer in zip(modules[len(modules) - len(parts.head) :], parts.head, strict=True):
         if isinstance(layer, Dense):
-            _write_dense(layer, folder / str(module["path"]))
+            _write_dense(layer, folder / str(module["path"]), form)
         else:
             files.write_json(folder / str(module["path"]) / "config.json", {})
     files.write_json(folder / "modules.json", modules)
@@ -81,7 +85,7 @@ def write(parts: Parts, folder: Path) -> None:
 
 
 def _write_static(backbone: StaticTable, parts: Parts, folder: Path) -> None:
-    save_file({"embedding.weight": backbone.folded().contiguous().cpu()}, folder / "model.safetensors")
+    save_file(table_tensors(backbone.folded().cpu(), backbone.stored_as), folder / "model.safetensors")
     tokenizer = Tokenizer.from_str(parts.tokenizer.to_str())
     tokenizer.no_padding()
     if parts.max_length < UNLIMITED:
@@ -106,7 +110,7 @@ def _write_transformer(backbone: TransformerBackbone, parts: Parts, folder: Path
     )
 
 
-def _write_dense(layer: Dense, folder: Path) -> None:
+def _write_dense(layer: Dense, folder: Path, form: TableFormat) -> None:
     activation = type(layer.activation)
     config = {
         "in_features": layer.linear.in_features,
@@ -115,7 +119,7 @@ def _write_dense(layer: Dense, folder: Path) -> None:
         "activation_function": f"{activation.__module__}.{activation.__qualname__}",
     }
     files.write_json(folder / "config.json", config)
-    state = {f"linear.{name}": value.contiguous().cpu() for name, value in layer.linear.state_dict().items()}
+    state = {f"linear.{name}": stored(value, form).cpu() for name, value in layer.linear.state_dict().items()}
     save_file(state, folder / "model.safetensors")
 
 
@@ -182,9 +186,9 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _kind(type_path: str, folder: Path) -> str:
-    kind = type_path.rsplit(".", 1)[-1]
+    kind = "StaticEmbedding" if type_path == INT8_MODULE else type_path.rsplit(".", 1)[-1]
     known = ("Transformer", "StaticEmbedding", "Pooling", "Dense", "Normalize")
-    if not type_path.startswith("sentence_transformers.") or kind not in known:
+    if not (type_path.startswith("sentence_transformers.") or type_path == INT8_MODULE) or kind not in known:
         raise RecipeError(
             f"{folder}/modules.json names the module {type_path!r}, which distill does not know ({', '.join(known)} are known). "
             "Remote code is never run; export the model without that module."
@@ -201,9 +205,12 @@ def _read_static(folder: Path, options: dict[str, Any]) -> Parts:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     state = _load_weights(folder)
-    if "embedding.weight" not in state:
+    try:
+        table = read_table(state)
+    except ValueError as error:
+        raise IntegrityError(f"{folder}/model.safetensors is damaged: {error}. Fetch the model again.") from error
+    if table is None:
         raise IntegrityError(f"{folder}/model.safetensors has no embedding.weight; it holds {', '.join(state)}.")
-    table = state["embedding.weight"]
     largest = max(tokenizer.get_vocab().values())
     if largest >= len(table):
         raise IntegrityError(f"{folder} has {len(table)} token vectors, and its tokenizer has ids up to {largest}.")

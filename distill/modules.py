@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distill import similarity
+from distill.quantized import TableFormat
 
 PoolingMode = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
 
@@ -102,12 +103,13 @@ class TransformerBackbone(nn.Module):
 class StaticTable(nn.Module):
     """A table of token vectors and one weight a token: the mean over a text's tokens of weight * vector -> (b, d).
 
-    The weights (Zipf or SIF at the start) are trained beside the table and multiplied into it when the model is saved.
-    A text without tokens gives the zero vector.
+    The weights (Zipf or SIF at the start) are trained beside the table and multiplied into it when the model is saved,
+    as `stored_as` says; the parameters are float32 in any case. A text without tokens gives the zero vector.
     """
 
     def __init__(self, table: Float[Tensor, "v d"], weights: Float[Tensor, " v"] | None = None):
         super().__init__()
+        self.stored_as: TableFormat = "float32"
         self.table = nn.Parameter(table.float().clone())
         self.weights = nn.Parameter(torch.ones(len(table)) if weights is None else weights.float().clone())
 
