@@ -1,21 +1,44 @@
 """Numbers that say how good a model is: exact over uneven batches and processes, with intervals."""
 
 from distill.metrics.classes import AccuracyCounts, accuracy, accuracy_counts
-from distill.metrics.intervals import Interval, bootstrap_interval, mean
+from distill.metrics.intervals import (
+    Difference,
+    Interval,
+    bootstrap_interval,
+    mean,
+    paired_difference,
+    resampled_difference,
+)
 from distill.metrics.ranks import QueryScores, ndcg_at_k, recall_at_k, spearman
-from distill.metrics.spaces import effective_rank, neighbour_overlap
+from distill.metrics.spaces import (
+    effective_rank,
+    effective_rank_rows,
+    index_overlap,
+    linear_cka,
+    linear_cka_rows,
+    neighbour_margin,
+    neighbour_overlap,
+)
 
 __all__ = [
     "AccuracyCounts",
+    "Difference",
     "Interval",
     "QueryScores",
     "accuracy",
     "accuracy_counts",
     "bootstrap_interval",
     "effective_rank",
+    "effective_rank_rows",
+    "index_overlap",
+    "linear_cka",
+    "linear_cka_rows",
     "mean",
     "ndcg_at_k",
+    "neighbour_margin",
     "neighbour_overlap",
+    "paired_difference",
     "recall_at_k",
+    "resampled_difference",
     "spearman",
 ]

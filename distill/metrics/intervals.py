@@ -1,11 +1,14 @@
-"""A statistic with its bootstrap interval."""
+"""A statistic with its bootstrap interval, and the difference of two systems on the same rows with its p-value."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+CHUNK = 2**22  # values drawn at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +20,20 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        digits = 3 if not abs(self.value) >= 10 else 1
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """First less second with its interval, and how often chance makes a difference as large; prints as +0.012 [+0.004, +0.020], p = 0.0040."""
+
+    interval: Interval
+    p_value: float
+
+    def __str__(self) -> str:
+        one = self.interval
+        return f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}], p = {self.p_value:.4f}"
 
 
 def mean(values: Float[Tensor, "*samples n"]) -> Float[Tensor, "*samples"]:
@@ -37,18 +53,78 @@ def bootstrap_interval(
     (samples, n) arrays. Resamples on which it is NaN are left out. Same seed, same interval; no global seed is touched.
     O(samples * n), 4M values at a time. Efron 1979.
     """
-    rows = len(values[0]) if values else 0
-    if not rows or any(v.shape != (rows,) for v in values):
-        raise ValueError(f"bootstrap_interval needs arrays of one length, got {[tuple(v.shape) for v in values]}.")
+    _check_rows("bootstrap_interval", values)
     if samples < 1 or not 0 < confidence < 1:
         raise ValueError(
             f"bootstrap_interval needs samples >= 1 and 0 < confidence < 1, got {samples=}, {confidence=}."
         )
-    arrays = [v.detach().double().cpu() for v in values]
+    return _interval(values, statistic, _resampled(values, statistic, samples, seed), confidence)
+
+
+def paired_difference(
+    first: Float[Tensor, "n"], second: Float[Tensor, "n"], *, samples: int = 1000, flips: int = 9999, seed: int = 0
+) -> Difference:
+    """The mean of first - second over rows that both systems were scored on: bootstrap interval, p-value by sign flips.
+
+    If the two systems are alike, each row's difference might as well have the other sign: p is the share of random signs
+    whose sum is as far from 0, two-sided. No distribution is assumed, and no p is below 1 / (flips + 1).
+    O((samples + flips) * n). Fisher 1935; Smucker et al. 2007, who recommend it for retrieval.
+    """
+    _check_rows("paired_difference", (first, second))
+    differences = (first.detach().double() - second.detach().double()).cpu()
+    p_value = _sign_flip_p_value(differences, flips, seed)
+    return Difference(interval=bootstrap_interval(differences, samples=samples, seed=seed), p_value=p_value)
+
+
+def resampled_difference(
+    *values: Float[Tensor, "n"], statistic: Callable[..., Tensor], samples: int = 1000, seed: int = 0
+) -> Difference:
+    """A difference that is no mean over rows, such as of two rank correlations: interval and p-value by one bootstrap.
+
+    `resampled_difference(a, b, gold, statistic=lambda a, b, gold: spearman(a, gold) - spearman(b, gold))`: the arrays are
+    drawn together. p is twice the smaller share of resamples on either side of 0, so it is below .05 where the 95 % interval
+    leaves 0 out. Swapping the systems row by row, as sign flips do, would mix two scales of cosines in one ranking.
+    """
+    _check_rows("resampled_difference", values)
+    found = _resampled(values, statistic, samples, seed)
+    found = found[~found.isnan()]
+    tails = [(int((side >= 0).sum()) + 1) / (len(found) + 1) for side in (found, -found)]
+    p_value = min(1.0, 2 * min(tails)) if len(found) else math.nan
+    return Difference(interval=_interval(values, statistic, found, 0.95), p_value=p_value)
+
+
+def _check_rows(caller: str, values: tuple[Tensor, ...]) -> None:
+    if not values or not len(values[0]) or any(v.shape != (len(values[0]),) for v in values):
+        raise ValueError(f"{caller} needs arrays of one length, got {[tuple(v.shape) for v in values]}.")
+
+
+def _resampled(
+    values: tuple[Tensor, ...], statistic: Callable[..., Tensor], samples: int, seed: int
+) -> Float[Tensor, "samples"]:
+    arrays, rows = [value.detach().double().cpu() for value in values], len(values[0])
     generator = torch.Generator().manual_seed(seed)
-    sizes = [len(part) for part in torch.arange(samples).split(max(1, 2**22 // rows))]
-    draws = (torch.randint(rows, (size, rows), generator=generator) for size in sizes)
-    resampled = torch.cat([statistic(*(array[draw] for array in arrays)) for draw in draws])
+    draws = (torch.randint(rows, (size, rows), generator=generator) for size in _chunks(samples, rows))
+    return torch.cat([statistic(*(array[draw] for array in arrays)) for draw in draws])
+
+
+def _interval(
+    values: tuple[Tensor, ...], statistic: Callable[..., Tensor], resampled: Tensor, confidence: float
+) -> Interval:
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = resampled.nanquantile(tails).tolist()
-    return Interval(value=float(statistic(*arrays)), low=low, high=high)
+    low, high = resampled.nanquantile(tails).tolist() if len(resampled) else (math.nan, math.nan)
+    return Interval(value=float(statistic(*(value.detach().double().cpu() for value in values))), low=low, high=high)
+
+
+def _sign_flip_p_value(differences: Float[Tensor, "n"], flips: int, seed: int) -> float:
+    observed, extreme = differences.sum().abs(), 0
+    generator = torch.Generator().manual_seed(seed)
+    for size in _chunks(flips, len(differences)):
+        heads = torch.randint(2, (size, len(differences)), generator=generator, dtype=torch.int8)
+        sums = (2.0 * heads.double() - 1) @ differences
+        # A sum that is the observed one but for rounding is as far from 0.
+        extreme += int((sums.abs() >= observed - 1e-9 * differences.abs().sum()).sum())
+    return math.nan if differences.isnan().any() else (extreme + 1) / (flips + 1)
+
+
+def _chunks(samples: int, rows: int) -> list[int]:
+    return [len(part) for part in torch.arange(samples).split(max(1, CHUNK // rows))]

@@ -9,8 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Ranked = Int[Tensor, "q k"] | Sequence[Sequence[Hashable]]
-
-
 Relevance = Sequence[Mapping[Any, float]]
 
 
