@@ -12,7 +12,8 @@ from distill.export import Provenance, export, usage
 from distill.metrics import Interval
 from distill.training import Run
 
-STUDENT, START, INDEX = "student", "untrained start", "student -> teacher's index"
+STUDENT, START = "student", "untrained start"
+INDEX, MIXED = "student -> teacher's index", "student -> mixed index"
 
 
 def finish(run: Run, scores: Scores, provenance: Provenance) -> None:
@@ -30,6 +31,8 @@ def summary(run: Run, scores: Scores) -> str:
         "",
         *_line("keeps of the teacher's scores", _shares(scores, STUDENT)),
         *_line("with the teacher's index, only queries by the student", _shares(scores, INDEX)),
+        *_line("with an index half of whose documents the student added", _shares(scores, MIXED)),
+        *_line("fidelity, further", _further(scores)),
         *_line("gained by training", [f"{metric} {_signed(gain)}" for metric, gain in gains(scores).items()]),
         *_line("against the teacher", _ratios(scores)),
         f"trained {run.steps:,} steps in {run.seconds:,.0f} s on {run.report}",
@@ -53,14 +56,20 @@ def retention(scores: Scores, system: str) -> dict[str, float]:
 
 
 def gains(scores: Scores) -> dict[str, Interval]:
-    """What training added to each score that is a mean over rows, with its paired interval."""
-    rows = [scores.table.get(name, {}) for name in (STUDENT, START)]
-    both = [metric for metric in rows[0] if all(metric in row and row[metric].values is not None for row in rows)]
-    return {metric: scores.difference(STUDENT, START, metric) for metric in both}
+    """What training added to each score of the table that is compared row by row, with its paired interval."""
+    table = scores.table.get(STUDENT, {})
+    return {name: one.interval for name, one in scores.differences(STUDENT, START).items() if name in table}
 
 
 def _shares(scores: Scores, system: str) -> list[str]:
     return [f"{metric} {share:.1%}" for metric, share in retention(scores, system).items()]
+
+
+def _further(scores: Scores) -> list[str]:
+    """The student's fidelity on all texts, as far as it stands in no table."""
+    table = scores.table.get(STUDENT, {})
+    whole = scores.slices[STUDENT][0].columns() if STUDENT in scores.slices else {}
+    return [f"{metric} {score}" for metric, score in whole.items() if metric not in table]
 
 
 def _ratios(scores: Scores) -> list[str]:

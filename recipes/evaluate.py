@@ -1,6 +1,10 @@
 """Score model folders side by side on the same data; the first is compared with each other one, in pairs.
 
-accelerate launch recipes/evaluate.py --models runs/mine/student other/model --evaluation.sts dev.csv
+Texts alone are enough: how faithful each model is to the teacher, on all of them, by length, and where the teacher's own
+neighbours lie close together. Each difference has a 95 % interval and a p-value (means: sign flips; rank correlations:
+bootstrap).
+
+accelerate launch recipes/evaluate.py --models runs/mine/student other/model --texts held-out.jsonl --evaluation.sts dev.csv
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +16,7 @@ from distill.config import EvaluationConfig, TeacherConfig
 from distill.data import load_texts
 from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.evaluation import Scores, evaluate
+from distill.evaluation import differences_json, evaluate, slice_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,8 @@ class Recipe:
     """Column of the texts."""
     limit: int | None = 2000
     """Of these texts, at most."""
+    speed: bool = True
+    """Measure texts a second, the teacher's, too: a second or more a model."""
     store: Path | None = None
     """Folder of the teacher's vectors; None: in the cache, by teacher."""
     output: Path = Path("runs/evaluate")
@@ -46,19 +52,19 @@ def main(recipe: Recipe) -> None:
     teacher = recipe.teacher.load()
     models = {name: Encoder.from_pretrained(name).to(distributed.device()) for name in recipe.models}
     alike = all(model.width == teacher.width for model in models.values())
-    scores = evaluate(models, teacher, data, store=recipe.store, keep_index=alike)
-    distributed.main_first(partial(files.write_json, recipe.output / "report.json", scores.as_json()))
+    scores = evaluate(models, teacher, data, store=recipe.store, keep_index=alike, speed=recipe.speed)
+    first, *others = recipe.models
+    differences = {other: scores.differences(first, other) for other in others}
+    report = scores.as_json() | {
+        "differences": {other: differences_json(found) for other, found in differences.items()}
+    }
+    distributed.main_first(partial(files.write_json, recipe.output / "report.json", report))
     cli.say(scores)
-    for other in recipe.models[1:]:
-        cli.say(f"\n{recipe.models[0]} - {other}, paired:\n{differences(scores, recipe.models[0], other)}")
-
-
-def differences(scores: Scores, first: str, second: str) -> str:
-    """Paired differences of the metrics that are means over rows."""
-    shared = [
-        name for name, score in scores.table[first].items() if score.values is not None and name in scores.table[second]
-    ]
-    return "\n".join(f"  {name}: {scores.difference(first, second, name)}" for name in shared)
+    for name, slices in scores.slices.items():
+        cli.say(f"\nfidelity of {name} to the teacher:\n{slice_table(slices)}")
+    for other, found in differences.items():
+        lines = [f"\n  {metric}: {difference}" for metric, difference in found.items()]
+        cli.say(f"\n{first} - {other}, paired:{''.join(lines)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Scores against hand-computed and scipy values; roles, prompts and the store in the whole evaluation."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scipy.stats
@@ -22,6 +24,7 @@ from distill.evaluation import (
     centroid_accuracy,
     evaluate,
     fidelity,
+    mixed_index,
     retrieval,
     similarity_pairs,
 )
@@ -236,6 +239,74 @@ def test_queries_go_to_the_student_and_documents_to_the_teacher_in_their_roles(
     assert len(stored) == 2 * len(tiny.SENTENCES)  # queries and documents, each under its prompt alone
     # A wrong role must show: the vectors of the other prompt differ.
     assert not torch.allclose(documents, prompted.encode(texts_task.corpus, role="query"), atol=1e-2)
+
+
+def test_a_mixed_index_is_the_teachers_but_for_the_half_that_the_student_adds(
+    tmp_path: Path, prompted: Encoder, texts_task: Retrieval
+) -> None:
+    student = students.keep_layers(prompted, [0])
+    data, options = EvaluationData(retrieval={"": texts_task}), {"store": tmp_path / "store", "speed": False}
+    scores = evaluate({"student": student, "other": prompted}, prompted, data, mixed_index=["student"], **options)
+    by_teacher = prompted.encode(texts_task.corpus, role="document").half().float()
+    by_student = student.encode(texts_task.corpus, role="document")
+    new = [hashlib.blake2b(name.encode(), digest_size=1).digest()[0] % 2 for name in texts_task.corpus_ids]
+    assert 3 <= sum(new) <= 9
+    index = torch.stack([(by_student if added else by_teacher)[row] for row, added in enumerate(new)])
+    queries = student.encode(texts_task.queries, role="query")
+    expected = {name: score.values for name, score in retrieval(queries, index, texts_task).items()}
+    found = scores.table["student -> mixed index"]
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name].values, expected[name]) for name in expected)
+    assert list(scores.table) == [
+        "teacher",
+        "student",
+        "student -> teacher's index",
+        "student -> mixed index",
+        "other",
+        "other -> teacher's index",
+    ]
+    # Neither of the two indexes that it is made of gives these numbers.
+    for other in (by_teacher, by_student):
+        assert not torch.allclose(retrieval(queries, other, texts_task)["ndcg@10"].values, expected["ndcg@10"])
+
+
+def test_half_of_many_documents_are_new_by_their_ids_alone() -> None:
+    ids = [f"doc-{number}" for number in range(4000)]
+    old, new = torch.zeros(4000, 1), torch.ones(4000, 1)
+    chosen = mixed_index(ids, old, new)
+    assert float(chosen.mean()) == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(mixed_index(ids[::-1], old, new), chosen.flip(0))
+
+
+def test_a_student_encodes_each_corpus_once(
+    tmp_path: Path, tiny_bert: Path, texts_task: Retrieval, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = Encoder.from_pretrained(tiny_bert)
+    student, calls = students.keep_layers(teacher, 2), []
+    encode = student.encode
+
+    def counted(texts: list[str], **options: Any) -> torch.Tensor:
+        calls.append((len(texts), options["role"]))
+        return encode(texts, **options)
+
+    monkeypatch.setattr(student, "encode", counted)
+    data = EvaluationData(retrieval={"docs": texts_task})
+    evaluate({"student": student}, teacher, data, store=tmp_path / "store", mixed_index=["student"], speed=False)
+    assert sorted(calls) == [(12, "document"), (12, "query")]
+
+
+def test_evaluate_keeps_fidelity_in_full_beside_the_table(tmp_path: Path, tiny_bert: Path) -> None:
+    teacher = Encoder.from_pretrained(tiny_bert)
+    data = EvaluationData(texts=tiny.SENTENCES)
+    scores = evaluate({"student": students.keep_layers(teacher, 3)}, teacher, data, store=tmp_path / "s", speed=False)
+    whole, *parts = scores.slices["student"]
+    assert whole.texts == 12
+    lengths = teacher.tokenize(tiny.SENTENCES).tokens.lengths
+    assert {part.by for part in parts} == {"tokens", "margin"}
+    assert [p for p in parts if p.by == "tokens"][-1].high == int(lengths.max())
+    assert scores.as_json()["fidelity"]["student"][0]["texts"] == 12
+    for name, score in scores.table["student"].items():
+        assert score.interval == whole.scores[name].interval
 
 
 def test_fidelity_reads_texts_in_the_role_it_is_given(tmp_path: Path, prompted: Encoder) -> None:

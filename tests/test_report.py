@@ -7,10 +7,12 @@ import torch
 
 from distill import report
 from distill.encoder import Encoder
-from distill.evaluation import Score, Scores
+from distill.evaluation import Score, Scores, fidelity_slices
+from distill.evaluation.scores import rank_score
 from distill.metrics import bootstrap_interval
 from distill.training import Run
 
+METRIC = "overlap@10 in teacher's index"
 SYSTEMS = ["teacher", "untrained start", "untrained start -> teacher's index", "student", "student -> teacher's index"]
 METRICS = [
     "cacm-docs ndcg@10",
@@ -52,6 +54,32 @@ def test_the_summary_fits_the_screen_and_says_what_a_user_asks(scores: Scores, r
     assert "13.8x fewer parameters, 353.1x the texts/s" in plain
     assert 'SentenceTransformer("runs/mine/student")' in text
     assert "runs/mine/report.json" in text
+
+
+def test_the_summary_of_a_kept_index_says_what_it_gives_with_new_documents_and_how_faithful_it_is(
+    scores: Scores, run: Run
+) -> None:
+    scores.table["student -> mixed index"] = dict(scores.table["student"])
+    teacher = torch.randn(50, 8)
+    slices = {"student": fidelity_slices(teacher + 0.1 * torch.randn(50, 8), teacher)}
+    text = report.summary(run, Scores(scores.table, scores.speeds, slices))
+    assert all(len(line) <= 120 for line in text.splitlines()), text
+    plain, whole = " ".join(text.split()), slices["student"][0]
+    assert "with an index half of whose documents the student added: cacm-docs ndcg@10 75.0%" in plain
+    assert f"fidelity, further: neighbour overlap@10 {whole.scores['neighbour overlap@10']}" in plain
+    assert f", {METRIC} {whole.scores[METRIC]}, similarity" in plain
+    assert f", CKA {whole.scores['CKA']}, effective rank {whole.scores['effective rank']}" in plain
+    assert f"effective rank of teacher {whole.teacher['effective rank']}" in plain
+
+
+def test_what_training_gained_in_a_rank_correlation_is_paired(scores: Scores) -> None:
+    gold = torch.randn(60)
+    for name, noise in (("untrained start", 2.0), ("student", 0.2)):
+        scores.table[name]["stsb-en-dev spearman"] = rank_score(gold + noise * torch.randn(60), gold)
+    gain = report.gains(scores)["stsb-en-dev spearman"]
+    ends = [scores.table[name]["stsb-en-dev spearman"].interval.value for name in ("student", "untrained start")]
+    assert gain.value == pytest.approx(ends[0] - ends[1])
+    assert 0 < gain.low < gain.high < 1
 
 
 def test_every_value_stands_in_its_row_and_column(scores: Scores) -> None:

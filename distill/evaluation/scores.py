@@ -1,69 +1,143 @@
-"""Scores of several systems, each with its interval: a table for people, plain JSON for machines."""
+"""Scores of several systems, each with its interval: tables for people, plain JSON for machines."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.metrics import Interval, bootstrap_interval
+from distill.metrics import (
+    Difference,
+    Interval,
+    bootstrap_interval,
+    paired_difference,
+    resampled_difference,
+    spearman,
+)
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number with its interval; `values` are the rows it is the mean of, kept for paired comparison."""
+    """A number with its interval, and what it comes from, kept for paired comparison.
+
+    `values` are the rows it is the mean of; `ranked` the two lists whose rank correlation it is.
+    """
 
     interval: Interval
     values: Float[Tensor, " n"] | None = None
+    ranked: tuple[Float[Tensor, " n"], Float[Tensor, " n"]] | None = None
 
     def __str__(self) -> str:
         return str(self.interval)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Fidelity on some of the texts: those whose tokens (`by` = "tokens") or margin lie in low..high, or all (`by` = "all").
+
+    `teacher` are the teacher's own numbers on these texts, to be read beside the student's of the same name.
+    """
+
+    by: str
+    low: float
+    high: float
+    texts: int
+    scores: dict[str, Score]
+    teacher: dict[str, Score] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        bounds = (f"{bound:.0f}" if self.by == "tokens" else f"{bound:.2f}" for bound in (self.low, self.high))
+        return self.by if self.by == "all" else f"{self.by} {'-'.join(bounds)}"
+
+    def as_json(self) -> dict[str, Any]:
+        bounds = {} if self.by == "all" else {"low": self.low, "high": self.high}
+        scores = {"scores": _plain(self.scores), "teacher": _plain(self.teacher)}
+        return {"by": self.by, **bounds, "texts": self.texts, **scores}
+
+    def columns(self) -> dict[str, Score]:
+        """The student's numbers, then the teacher's, by the names they have side by side."""
+        return self.scores | {f"{metric} of teacher": score for metric, score in self.teacher.items()}
+
+
 @dataclass(frozen=True)
 class Scores:
-    """Scores of several systems on the same data: `table[system][metric]`."""
+    """Scores of several systems on the same data: `table[system][metric]`; fidelity in full: `slices[student]`, all texts first."""
 
     table: dict[str, dict[str, Score]]
     speeds: dict[str, dict[str, int | float]]
+    slices: dict[str, list[Slice]] = field(default_factory=dict)
 
     def difference(self, first: str, second: str, metric: str) -> Interval:
-        """The mean of first - second over the rows that both were scored on, with its paired interval."""
-        one, two = self.table[first][metric].values, self.table[second][metric].values
-        if one is None or two is None:
-            raise ValueError(f"{metric} is no mean over rows; there is no paired difference.")
-        return bootstrap_interval(one - two)
+        """What `first` scores more than `second` on the same rows, with its paired interval."""
+        return self.compare(first, second, metric).interval
+
+    def compare(self, first: str, second: str, metric: str) -> Difference:
+        """What `first` scores more than `second` on the same rows, with its paired interval and p-value.
+
+        Means over rows by sign flips (`metrics.paired_difference`), rank correlations by resampling (`metrics.resampled_difference`).
+        """
+        one, two = self.of(first)[metric], self.of(second)[metric]
+        if one.values is not None and two.values is not None:
+            return paired_difference(one.values, two.values)
+        if one.ranked is None or two.ranked is None:
+            raise ValueError(f"{metric} is no mean over rows, nor a rank correlation; there is no paired difference.")
+        return resampled_difference(*one.ranked, *two.ranked, statistic=_rank_difference)
+
+    def differences(self, first: str, second: str) -> dict[str, Difference]:
+        """`compare` on every metric that both were scored on, row by row."""
+        one, two = self.of(first), self.of(second)
+        both = [metric for metric in one if metric in two and _by_rows(one[metric]) and _by_rows(two[metric])]
+        return {metric: self.compare(first, second, metric) for metric in both}
+
+    def of(self, system: str) -> dict[str, Score]:
+        """All scores of a system on all of the data: its row of the table, and its fidelity in full."""
+        fidelity = {name: score for part in self.slices.get(system, [])[:1] for name, score in part.scores.items()}
+        return self.table.get(system, {}) | fidelity
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON; a number that is undefined, as a rank correlation of constants, is null."""
-        scores = {
-            name: {metric: _finite(asdict(score.interval)) for metric, score in row.items()}
-            for name, row in self.table.items()
-        }
-        return {"scores": scores, "speed": self.speeds}
+        slices = {name: [part.as_json() for part in parts] for name, parts in self.slices.items()}
+        plain = {"scores": {name: _plain(row) for name, row in self.table.items()}, "speed": self.speeds}
+        return plain | ({"fidelity": slices} if slices else {})
 
     def __str__(self) -> str:
         """A table: metrics down, systems across, each value with half the width of its 95 % interval; then size and speed."""
         systems = list(self.table)
         metrics = list(dict.fromkeys(metric for row in self.table.values() for metric in row))
-        heads = [name.partition(" -> ") for name in systems]
-        lines = [["", *(name for name, _, _ in heads)]]
-        lines += [["", *(f"-> {index}" if index else "" for _, _, index in heads)]] if any(h[2] for h in heads) else []
+        lines = _headed(["", *map(_heading, systems)])
         lines += [[metric, *(_cell(row.get(metric)) for row in self.table.values())] for metric in metrics]
         for metric, show in _SPEED_CELLS.items():
             if self.speeds:
                 lines.append([metric, *(show(self.speeds[name]) if name in self.speeds else "" for name in systems)])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(systems) + 1)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        return _aligned(lines)
+
+
+def slice_table(slices: Sequence[Slice]) -> str:
+    """Fidelity in full: slices down, metrics across, each value with half the width of its 95 % interval."""
+    metrics = list(dict.fromkeys(metric for part in slices for metric in part.columns()))
+    lines = _headed(["", "texts", *("\n".join(textwrap.wrap(metric, 12)) for metric in metrics)])
+    for part in slices:
+        lines.append([str(part), f"{part.texts:,}", *(_cell(part.columns().get(metric)) for metric in metrics)])
+    return _aligned(lines)
+
+
+def differences_json(differences: Mapping[str, Difference]) -> dict[str, dict[str, float | None]]:
+    """Plain JSON of `Scores.differences`."""
+    return {name: _finite(asdict(one.interval) | {"p_value": one.p_value}) for name, one in differences.items()}
 
 
 def mean_score(values: Float[Tensor, " n"]) -> Score:
     values = values.double()
     return Score(bootstrap_interval(values), values)
+
+
+def rank_score(values: Float[Tensor, " n"], reference: Float[Tensor, " n"]) -> Score:
+    """Spearman's correlation of two lists."""
+    ranked = values.double(), reference.double()
+    return Score(bootstrap_interval(*ranked, statistic=spearman), ranked=ranked)
 
 
 _SPEED_CELLS: dict[str, Callable[[dict[str, int | float]], str]] = {
@@ -72,10 +146,40 @@ _SPEED_CELLS: dict[str, Callable[[dict[str, int | float]], str]] = {
 }
 
 
+def _rank_difference(first: Tensor, first_reference: Tensor, second: Tensor, second_reference: Tensor) -> Tensor:
+    return spearman(first, first_reference) - spearman(second, second_reference)
+
+
+def _by_rows(score: Score) -> bool:
+    return score.values is not None or score.ranked is not None
+
+
+def _heading(system: str) -> str:
+    name, _, index = system.partition(" -> ")
+    return "\n".join([name, *textwrap.wrap(f"-> {index}", 15)]) if index else name
+
+
+def _headed(names: Sequence[str]) -> list[list[str]]:
+    """Headings of several lines as lines of cells."""
+    parts = [name.split("\n") for name in names]
+    return [[part[line] if line < len(part) else "" for part in parts] for line in range(max(map(len, parts)))]
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
 def _cell(score: Score | None) -> str:
     if score is None:
         return ""
-    return f"{score.interval.value:.3f} ±{(score.interval.high - score.interval.low) / 2:.3f}"
+    digits = 3 if not abs(score.interval.value) >= 10 else 1
+    return f"{score.interval.value:.{digits}f} ±{(score.interval.high - score.interval.low) / 2:.{digits}f}"
+
+
+def _plain(scores: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:
+    return {metric: _finite(asdict(score.interval)) for metric, score in scores.items()}
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

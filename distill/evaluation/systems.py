@@ -1,6 +1,6 @@
 """Teacher and students on the same data: which vectors go where."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,10 @@ from distill.data import Labelled, Pairs, Retrieval
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import DataError, RecipeError
-from distill.evaluation.fidelity import fidelity
-from distill.evaluation.scores import Score, Scores
+from distill.evaluation.fidelity import fidelity_slices, is_headline
+from distill.evaluation.scores import Score, Scores, Slice
 from distill.evaluation.speed import speeds
-from distill.evaluation.tasks import centroid_accuracy, judged, retrieval, similarity_pairs
+from distill.evaluation.tasks import centroid_accuracy, judged, mixed_index, retrieval, similarity_pairs
 from distill.store import Store, text_keys
 
 Encode = Callable[..., Float[Tensor, "n d"]]
@@ -58,28 +58,33 @@ def evaluate(
     *,
     store: str | Path | None = None,
     keep_index: bool = True,
+    mixed_index: Collection[str] = (),
     speed: bool = True,
 ) -> Scores:
     """Score the teacher and each student on `data`, on all processes; `store` holds the teacher's vectors (embed's default).
 
     `keep_index` adds a row "NAME -> teacher's index" a student: its queries against the documents that the teacher
-    embedded. Cost: one pass of each student over the data, and of the teacher over what is not stored.
+    embedded. The students named in `mixed_index` get a row "NAME -> mixed index", too: the teacher embedded half of the
+    documents, the student the other half, as those that are added later. Cost: one pass of each student over the data, and
+    of the teacher over what is not stored.
     """
     if "teacher" in students or any(" -> " in name for name in students):
         raise RecipeError(f'a student is not named "teacher" nor with an arrow, got {", ".join(students)}.')
     reader = _stored(teacher, store)
-    table = {"teacher": _labels_scores(reader, data) | _retrieval_scores(reader, reader, data)}
+    table = {"teacher": _labels_scores(reader, data) | _retrieval_scores(reader, [reader], data)}
+    slices: dict[str, list[Slice]] = {}
     for name, student in students.items():
-        encode = partial(encode_everywhere, student.to(distributed.device()), progress="student vectors")
+        encode = _once(partial(encode_everywhere, student.to(distributed.device()), progress="student vectors"))
+        slices[name] = _fidelity_slices(encode, reader, teacher, data)
         table[name] = (
-            _fidelity_scores(encode, reader, data)
-            | _labels_scores(encode, data)
-            | _retrieval_scores(encode, encode, data)
+            _headlines(slices[name]) | _labels_scores(encode, data) | _retrieval_scores(encode, [encode], data)
         )
         if keep_index and data.retrieval:
-            table[f"{name} -> teacher's index"] = _retrieval_scores(encode, reader, data)
+            table[f"{name} -> teacher's index"] = _retrieval_scores(encode, [reader], data)
+        if name in mixed_index and data.retrieval:
+            table[f"{name} -> mixed index"] = _retrieval_scores(encode, [reader, encode], data)
     measured = speeds({"teacher": teacher, **students}, data.any_texts()) if speed and data.any_texts() else {}
-    return Scores(table, measured)
+    return Scores(table, measured, {name: found for name, found in slices.items() if found})
 
 
 def encode_everywhere(
@@ -92,15 +97,26 @@ def encode_everywhere(
     return distributed.gather_rows(mine.to(encoder.device)).cpu()
 
 
-def _fidelity_scores(encode: Encode, teacher: Encode, data: EvaluationData) -> dict[str, Score]:
+def _fidelity_slices(student: Encode, teacher: Encode, model: Encoder, data: EvaluationData) -> list[Slice]:
     texts = list(dict.fromkeys(data.texts))
-    return fidelity(encode(texts, role=data.role), teacher(texts, role=data.role)) if texts else {}
+    if not texts:
+        return []
+    lengths = model.tokenize(texts, prompt=model.prompt(data.role)).tokens.lengths
+    return fidelity_slices(student(texts, role=data.role), teacher(texts, role=data.role), token_counts=lengths)
 
 
-def _retrieval_scores(queries: Encode, documents: Encode, data: EvaluationData) -> dict[str, Score]:
+def _headlines(slices: Sequence[Slice]) -> dict[str, Score]:
+    """The numbers of `fidelity`: what of the whole stands in the table."""
+    return {name: score for part in slices[:1] for name, score in part.scores.items() if is_headline(name)}
+
+
+def _retrieval_scores(queries: Encode, documents: Sequence[Encode], data: EvaluationData) -> dict[str, Score]:
+    """Of an index by one encoder, or by an old one and a new one that share it."""
     scores: dict[str, Score] = {}
     for name, task in data.retrieval.items():
-        found = retrieval(queries(task.queries, role="query"), documents(task.corpus, role="document"), task)
+        index = [encode(task.corpus, role="document") for encode in documents]
+        vectors = index[0] if len(index) == 1 else mixed_index(task.corpus_ids, index[0], index[1])
+        found = retrieval(queries(task.queries, role="query"), vectors, task)
         scores |= {_named(name, metric, data.retrieval): score for metric, score in found.items()}
     return scores
 
@@ -120,6 +136,19 @@ def _labels_scores(encode: Encode, data: EvaluationData) -> dict[str, Score]:
 
 def _named(task: str, metric: str, tasks: Mapping[str, Any]) -> str:
     return metric if len(tasks) == 1 and not task else f"{task} {metric}"
+
+
+def _once(encode: Encode) -> Encode:
+    """The same texts are encoded once: an index of the student's serves several systems."""
+    known: dict[tuple[str | None, tuple[str, ...]], Float[Tensor, "n d"]] = {}
+
+    def remembered(texts: Sequence[str], *, role: str | None = None) -> Float[Tensor, "n d"]:
+        key = role, tuple(texts)
+        if key not in known:
+            known[key] = encode(texts, role=role)
+        return known[key]
+
+    return remembered
 
 
 def _stored(teacher: Encoder, path: str | Path | None) -> Encode:

@@ -1,14 +1,16 @@
 """What people judged: retrieval, the likeness of two sentences, classes."""
 
+import hashlib
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from distill import metrics
 from distill.data import Labelled, Pairs, Retrieval
-from distill.evaluation.scores import Score, mean_score
+from distill.evaluation.scores import Score, mean_score, rank_score
 from distill.heads import CosineLinear
-from distill.metrics import bootstrap_interval
 from distill.similarity import pairwise_cosine, top_k_neighbours
 
 
@@ -27,10 +29,22 @@ def retrieval(
     }
 
 
+def mixed_index(ids: Sequence[str], old: Float[Tensor, "n d"], new: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """An index half-way: documents embedded by the teacher (`old`) stay, and those that came since are the student's (`new`).
+
+    Which document is new is a hash of its id, so it is the same half for every student, in every run.
+    """
+    return torch.where(_is_new(ids).unsqueeze(1), new, old)
+
+
+def _is_new(ids: Sequence[str]) -> Bool[Tensor, " n"]:
+    digests = (hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=1).digest() for name in ids)
+    return torch.tensor([digest[0] % 2 == 1 for digest in digests], dtype=torch.bool)
+
+
 def similarity_pairs(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"], data: Pairs) -> Score:
     """Spearman correlation of cosines with people's scores (STS)."""
-    gold = torch.tensor(data.score, dtype=torch.float64)
-    return Score(bootstrap_interval(pairwise_cosine(first, second), gold, statistic=metrics.spearman))
+    return rank_score(pairwise_cosine(first, second), torch.tensor(data.score, dtype=torch.float64))
 
 
 def centroid_accuracy(train: Float[Tensor, "n d"], test: Float[Tensor, "m d"], data: Labelled) -> Score:
