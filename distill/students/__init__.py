@@ -1,9 +1,28 @@
 """Ways to make a student. Each returns an Encoder that emits vectors in the teacher's space, ready to train."""
 
+from distill.students.choosing import choose_layers
 from distill.students.from_model import pretrained
 from distill.students.layers import freeze_token_table, keep_layers
 from distill.students.projection import fit_projection
+from distill.students.pruning import prune
+from distill.students.quantizing import TableCost, quantize
 from distill.students.summary import describe
+from distill.students.tiny import tiny
 from distill.students.token_table import static
+from distill.students.vocabulary import Vocabulary, fit_vocabulary
 
-__all__ = ["describe", "fit_projection", "freeze_token_table", "keep_layers", "pretrained", "static"]
+__all__ = [
+    "TableCost",
+    "Vocabulary",
+    "choose_layers",
+    "describe",
+    "fit_projection",
+    "fit_vocabulary",
+    "freeze_token_table",
+    "keep_layers",
+    "pretrained",
+    "prune",
+    "quantize",
+    "static",
+    "tiny",
+]

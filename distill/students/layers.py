@@ -1,43 +1,59 @@
 """A copy of the teacher with some of its layers."""
 
-import copy
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Literal
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from distill import distributed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.modules import Dense, Normalize, TransformerBackbone
+from distill.students.blocks import evaluating, layer_list, only_layers, transformer_of, with_layers, with_model
+from distill.students.choosing import choose_layers
 from distill.students.projection import last_linear
 from distill.students.summary import named
 
 
-def keep_layers(teacher: Encoder, layers: int | Sequence[int] = 3, *, projection: bool = False) -> Encoder:
-    """A copy of the teacher with some of its layers: a count (the lowest ones and the last) or their numbers from 0.
+def keep_layers(
+    teacher: Encoder,
+    layers: int | Sequence[int] | Literal["auto"] = 3,
+    *,
+    projection: bool = False,
+    count: int = 3,
+    texts: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    vectors: Float[Tensor, "n e"] | None = None,
+) -> Encoder:
+    """A copy of the teacher with some of its layers: a count (the lowest ones and the last), their numbers from 0, or "auto".
 
-    Any Hugging Face encoder whose layers stand in one list. `projection` adds a Dense layer of the teacher's width that
-    starts as the identity. The embeddings, the pooling and the teacher's own Dense layers are kept.
+    Any Hugging Face encoder whose layers stand in one list. The embeddings, the pooling and the teacher's own Dense
+    layers are kept. `projection` adds a Dense layer of the teacher's width that starts as the identity.
+    "auto" is `choose_layers(teacher, count, texts=texts, vectors=vectors, projection=projection)`, which some hundred
+    texts are enough for; the main process chooses for all, and prints what it tried. RecipeError if the model's class
+    cannot be read again from a folder with these layers alone.
     """
-    if not isinstance(teacher.backbone, TransformerBackbone):
-        raise RecipeError(f"{teacher.name} is a static table; it has no layers to keep.")
-    total = teacher.backbone.model.config.num_hidden_layers
+    model = transformer_of(teacher).model
+    if isinstance(layers, str):
+        layers = _chosen(teacher, count, texts, vectors, projection)
+    elif texts is not None or vectors is not None:
+        raise RecipeError(f'texts and vectors choose layers for layers="auto"; got layers={layers!r} as well.')
+    path, total = layer_list(model, teacher.name)[0], model.config.num_hidden_layers
     kept = [*range(layers - 1), total - 1][: max(0, layers)] if isinstance(layers, int) else list(layers)
     if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < total:
         raise RecipeError(
             f"{teacher.name} has layers 0..{total - 1}; asked to keep {layers}. Name rising numbers, or a count."
         )
-    model = _with_layers(teacher.backbone.model, kept, teacher.name)
-    parts = vars(copy.copy(teacher.parts())) | {"head": copy.deepcopy(list(teacher.head))}
-    parts["backbone"] = TransformerBackbone(model, teacher.backbone.pooling, pad_id=teacher.backbone.pad_id)
+    student = with_model(teacher, with_layers(model, path, kept, teacher.name))
+    _check_same(teacher, student, path, kept)
     if projection:
-        parts["head"] = [
-            *(layer for layer in parts["head"] if isinstance(layer, Dense)),
-            Dense(teacher.width, teacher.width),
+        student.head = nn.Sequential(
+            *(layer for layer in student.head if isinstance(layer, Dense)),
+            Dense(teacher.width, teacher.width).to(teacher.device),
             Normalize(),
-        ]
-    student = Encoder(**parts)
-    if projection:
+        )
         nn.init.eye_(last_linear(student).weight)
     return named(student, f"layers-{'-'.join(map(str, kept))}", teacher)
 
@@ -49,27 +65,34 @@ def freeze_token_table(student: Encoder) -> None:
     student.backbone.model.get_input_embeddings().requires_grad_(False)
 
 
-def _with_layers(model: Any, kept: Sequence[int], name: str) -> nn.Module:
-    total = model.config.num_hidden_layers
-    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
-    if len(lists) != 1:
+def _chosen(
+    teacher: Encoder,
+    count: int,
+    texts: Sequence[str] | Mapping[str, Sequence[str]] | None,
+    vectors: Float[Tensor, "n e"] | None,
+    projection: bool,
+) -> tuple[int, ...]:
+    if texts is None:
+        raise RecipeError('layers="auto" compares sets of layers on texts; give texts=[...], some hundred of them.')
+    choose = partial(choose_layers, teacher, count, texts=texts, vectors=vectors, projection=projection)
+    choice = distributed.main_first(choose)
+    if distributed.is_main():
+        print(choice, file=sys.stderr, flush=True)
+    return choice.layers
+
+
+def _check_same(teacher: Encoder, student: Encoder, path: str, kept: Sequence[int]) -> None:
+    """Refuse a model whose layers do something else at another place, unless it is the first layer's bias that they share."""
+    model = transformer_of(teacher).model
+    if any("relative_attention_bias" in name for name in model.get_submodule(f"{path}.0").state_dict()) and kept[0]:
+        return
+    tokens = teacher.tokenize(["What a layer does, it does at every place."]).tokens
+    with evaluating(teacher), only_layers(model, path, kept):
+        expected = teacher(tokens)
+    with evaluating(student):
+        same = (student(tokens) - expected).abs().max() <= 1e-3 * expected.abs().max()
+    if not same:
         raise RecipeError(
-            f"{name} has {len(lists)} lists of {total} layers; keep_layers needs exactly one. Start from students.pretrained."
+            f"{teacher.name}: a layer of {type(model).__name__} does something else when it stands at another place, so "
+            f"layers {list(kept)} alone are not what they are in the teacher. Keep the lowest ones, or start from students.pretrained."
         )
-    path, layers = lists[0]
-    parent, _, attribute = path.rpartition(".")
-    chosen = nn.ModuleList(layers[number] for number in kept)
-    setattr(model.get_submodule(parent), attribute, chosen)
-    try:
-        copied = copy.deepcopy(model)  # copies the kept layers only
-    finally:
-        setattr(model.get_submodule(parent), attribute, layers)
-    for key, value in vars(copied.config).items():
-        if isinstance(value, list) and len(value) == total:  # layer_types and the like
-            setattr(copied.config, key, [value[number] for number in kept])
-    copied.config.num_hidden_layers = len(kept)
-    for number, layer in enumerate(copied.get_submodule(path)):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = number
-    return copied
