@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import cli
+from distill.compression import Format
 from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
 from distill.data import load_texts
 from distill.embed import embed
@@ -37,6 +38,8 @@ class Recipe:
     """Documents kept for the fidelity report; None: a tenth, 500 at most."""
     store: Path | None = None
     """Folder of the teacher's vectors; `python -m distill.embed` takes over those of an index that exists."""
+    store_as: str | None = None
+    """How a new store keeps them: float16, int8, pca-K (K columns) or pca-K-int8; the report says what that loses. None: float16."""
     output: Path = Path("runs/keep_index")
     """Folder of the run."""
     temperature: float = 0.07
@@ -49,6 +52,7 @@ class Recipe:
     def __post_init__(self) -> None:
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
+        Format.parse(self.store_as or "float16")
         if not self.temperature > 0:
             raise RecipeError(f"--temperature is above 0, got {self.temperature}.")
 
@@ -65,7 +69,7 @@ def main(recipe: Recipe) -> None:
 
     teacher = recipe.teacher.load()
     for role, some in texts.items():
-        store = embed(some, teacher, recipe.store, role=role)
+        store = embed(some, teacher, recipe.store, role=role, store_as=recipe.store_as)
     student = recipe.student.build(teacher, store, texts)
     start = copy.deepcopy(student)
     loss = WeightedSum({"cosine": CosineDistance(), "contrastive": CrossContrastive(temperature=recipe.temperature)})

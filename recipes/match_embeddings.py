@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import cli
+from distill.compression import Format
 from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
 from distill.data import load_texts
 from distill.embed import embed
@@ -33,6 +34,8 @@ class Recipe:
     """Texts kept for the fidelity report; None: a tenth, 500 at most."""
     store: Path | None = None
     """Folder of the teacher's vectors; None: in the cache, by teacher."""
+    store_as: str | None = None
+    """How a new store keeps them: float16, int8, pca-K (K columns) or pca-K-int8; the report says what that loses. None: float16."""
     output: Path = Path("runs/match_embeddings")
     """Folder of the run."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -43,6 +46,7 @@ class Recipe:
     def __post_init__(self) -> None:
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
+        Format.parse(self.store_as or "float16")
 
 
 def main(recipe: Recipe) -> None:
@@ -53,7 +57,7 @@ def main(recipe: Recipe) -> None:
     cli.say(f"{read.report}; {len(held_out):,} held out")
 
     teacher = recipe.teacher.load()
-    store = embed(texts, teacher, recipe.store)
+    store = embed(texts, teacher, recipe.store, store_as=recipe.store_as)
     student = recipe.student.build(teacher, store, texts)
     start = copy.deepcopy(student)
     loss = CosineDistance()
