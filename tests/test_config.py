@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +63,36 @@ def test_each_kind_of_student_emits_vectors_of_the_teachers_width(
     store = embed(tiny.SENTENCES, teacher, tmp_path / "store")
     student = StudentConfig(**options).build(teacher, store, tiny.SENTENCES)
     assert (student.name, student.width) == (name, width)
+
+
+def test_layers_are_kept_of_a_student_on_the_way_to_a_smaller_one(tiny_bert: Path, tmp_path: Path) -> None:
+    """Two hops: six layers to four, trained and exported, and those to two."""
+    teacher = TeacherConfig(name=str(tiny_bert)).load()
+    store = embed(tiny.SENTENCES, teacher, tmp_path / "store")
+    first = StudentConfig(kind="layers", layers=(0, 1, 4, 5), projection="ridge").build(teacher, store, tiny.SENTENCES)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.mul_(1.1)  # as if trained
+    first.save_pretrained(tmp_path / "student")
+    config = StudentConfig(kind="layers", name=str(tmp_path / "student"), layers=(0, 3))
+    second = config.build(teacher, store, tiny.SENTENCES)
+    assert second.width == teacher.width
+    mine, theirs = (student.backbone.model.encoder.layer for student in (second, first))
+    assert len(mine) == 2
+    for one, other in zip(mine, (theirs[0], theirs[3]), strict=True):
+        for left, right in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(left, right)
+    assert torch.equal(second.head[0].linear.weight, first.head[0].linear.weight)
+
+
+def test_a_student_of_another_space_is_no_first_hop(tiny_bert: Path, tiny_bert_cls: Path, tmp_path: Path) -> None:
+    teacher = TeacherConfig(name=str(tiny_bert)).load()
+    store = embed(tiny.SENTENCES, teacher, tmp_path / "store")
+    config = StudentConfig(kind="layers", name=str(tiny_bert_cls), layers=(0,))
+    with pytest.raises(
+        RecipeError, match=r"has width 24, the teacher 32\. Start from it with --student\.kind pretrained"
+    ):
+        config.build(teacher, store, tiny.SENTENCES)
 
 
 @pytest.mark.parametrize("train", [True, False])
