@@ -4,17 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distill import distributed, hub, students
 from distill.data import load_labelled, load_pairs, load_retrieval
-from distill.embed import embed_vocabulary
+from distill.embed import embed, embed_vocabulary
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData
+from distill.narrow import Space, narrow
+from distill.quantized import TableFormat
 from distill.store import Store, packed, text_keys
 
 
@@ -53,31 +56,66 @@ def _fetch(name: str, revision: str | None) -> None:
 class StudentConfig:
     """How the student starts."""
 
-    kind: Literal["static", "layers", "pretrained"] = "static"
-    """A table of token vectors, some of the teacher's layers, or another model."""
+    kind: Literal["static", "layers", "tiny", "pretrained"] = "static"
+    """A table of token vectors, some of the teacher's layers, a small transformer that starts as such a table, or another model."""
     width: int | None = None
-    """Of the static table; None: 256, or the teacher's width if that is smaller."""
-    layers: tuple[int, ...] = ()
-    """Numbers of the teacher's layers to keep, from 0; none given: 0, 1 and the last."""
+    """Of the static table (None: 256, or the teacher's width if that is smaller), or of a tiny student (None: 128)."""
+    layers: Literal["auto"] | tuple[int, ...] = ()
+    """Numbers of the teacher's layers to keep, from 0; none given: 0, 1 and the last. auto: those that, untrained, come nearest to its vectors."""
+    depth: int | None = None
+    """Layers of a tiny student (None: 2), or to keep by --student.layers auto (None: 3)."""
     name: str | None = None
-    """Of the pretrained model: folder or Hub name."""
+    """Folder or Hub name of the pretrained model; of kind layers: of a student whose layers are kept instead of the teacher's."""
     projection: Literal["ridge", "none"] = "none"
     """ridge: its last Dense layer starts at the closed-form solution."""
     train_token_table: bool = False
-    """Train a transformer's input embeddings, too."""
+    """Train the input embeddings of kept layers or of a pretrained transformer, too; a tiny student always trains its own."""
+    vocabulary: int | None = None
+    """Tokens of a static student, those that the texts use most; None: all of the teacher's."""
+    characters: Literal["all", "seen"] = "all"
+    """Of --student.vocabulary: keep every single character, or those of the texts, which leaves room for words."""
+    words: int = 0
+    """Frequent words of the texts that become tokens of a static student, of those that take several now."""
+    table: TableFormat = "float32"
+    """How a static student's folder holds its table. float16 opens anywhere; int8, a quarter of the bytes, where distill is installed."""
+    space: int | None = None
+    """Numbers a vector in a narrower space, the teacher's first principal directions; an index is turned to it. None: the teacher's."""
 
     def __post_init__(self) -> None:
-        if (self.kind == "pretrained") != (self.name is not None):
-            raise RecipeError("--student.name names the model of --student.kind pretrained; give both or neither.")
-        if self.kind != "static" and self.width is not None:
+        if (self.kind == "pretrained" and self.name is None) or (self.kind in ("static", "tiny") and self.name):
             raise RecipeError(
-                f"--student.width is of --student.kind static; a student of kind {self.kind} has its own."
+                "--student.name names the model of --student.kind pretrained, which needs one, or the one whose layers "
+                "--student.kind layers keeps; a static student is made from the teacher alone."
+            )
+        if self.kind not in ("static", "tiny") and self.width is not None:
+            raise RecipeError(
+                f"--student.width is of --student.kind static or tiny; a student of kind {self.kind} has its own."
             )
         if self.kind != "layers" and self.layers:
             raise RecipeError(f"--student.layers is of --student.kind layers, got kind {self.kind}.")
-        if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
-            raise RecipeError(f"--student.layers are rising numbers from 0, got {' '.join(map(str, self.layers))}.")
+        numbers = () if isinstance(self.layers, str) else self.layers
+        if list(numbers) != sorted(set(numbers)) or min(numbers, default=0) < 0:
+            raise RecipeError(f"--student.layers are rising numbers from 0, got {' '.join(map(str, numbers))}.")
+        if self.depth is not None and self.kind != "tiny" and self.layers != "auto":
+            raise RecipeError("--student.depth is of --student.kind tiny or --student.layers auto.")
+        if self.kind != "static" and (self.vocabulary is not None or self.words or self.table != "float32"):
+            raise RecipeError("--student.vocabulary, --student.words and --student.table are of --student.kind static.")
+        if self.characters == "seen" and self.vocabulary is None:
+            raise RecipeError("--student.characters is of --student.vocabulary, the number of tokens that stay.")
+        at_least(1, "--student.vocabulary", self.vocabulary)
+        at_least(0, "--student.words", self.words)
+        at_least(1, "--student.space", self.space)
+        at_least(1, "--student.depth", self.depth)
         at_least(1, "--student.width", self.width)
+
+    def enter(self, teacher: Encoder, store: Store, texts: list[str] | Mapping[str, list[str]]) -> Space:
+        """Where the student is to live: the teacher's own space, or fewer of its directions, with the store turned to them."""
+        if self.space is None:
+            return Space(teacher, store)
+        space = narrow(teacher, store, texts, self.space)
+        if distributed.is_main():
+            print(f"{space.kept}\nthe turned vectors are in {space.store.path}", flush=True)
+        return space
 
     def build(self, teacher: Encoder, store: Store, texts: list[str] | Mapping[str, list[str]]) -> Encoder:
         """The student, untrained, on the teacher's device. The token vectors of a static one are kept in the store.
@@ -86,21 +124,84 @@ class StudentConfig:
         """
         by_role = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
         everything = [text for _, some in by_role for text in some]
+        if self.space not in (None, teacher.width):
+            raise RecipeError(
+                f"--student.space {self.space} is for the recipes that enter it before they build the student "
+                f"(StudentConfig.enter); this one builds it in the teacher's {teacher.width} numbers."
+            )
         if self.kind == "static":
-            vectors = embed_vocabulary(teacher, store.path)
-            width = self.width or min(256, teacher.width)
-            student = students.static(teacher, width=width, token_vectors=vectors, texts=everything)
+            student = self._static(teacher, store, everything)
         elif self.kind == "layers":
-            student = students.keep_layers(teacher, self.layers or 3, projection=self.projection == "ridge")
+            source = teacher if self.name is None else _in_the_space_of(teacher, self.name)
+            student = self._some_layers(source, teacher, store, texts)
+        elif self.kind == "tiny":
+            vectors = embed_vocabulary(teacher, store.path)
+            width, layers = self.width or min(128, teacher.width), self.depth or 2
+            student = students.tiny(teacher, layers=layers, width=width, token_vectors=vectors, texts=everything)
         else:
             student = students.pretrained(str(self.name), teacher)
         student.to(teacher.device)
         if self.projection == "ridge" or (self.kind == "pretrained" and student.width != student.backbone.width):
-            targets = [store.vectors(some, prompt=teacher.prompt(role)) for role, some in by_role]
-            students.fit_projection(student, texts, torch.cat(targets))
-        if self.kind != "static" and not self.train_token_table:
+            students.fit_projection(student, texts, lambda some, role: store.vectors(some, prompt=teacher.prompt(role)))
+        if self.kind in ("layers", "pretrained") and not self.train_token_table:
             students.freeze_token_table(student)
         return student
+
+    def _static(self, teacher: Encoder, store: Store, texts: list[str]) -> Encoder:
+        options: dict[str, Any] = {"token_vectors": embed_vocabulary(teacher, store.path), "texts": texts}
+        if self.vocabulary is not None or self.words:
+            size = self.vocabulary or len(teacher.tokenizer) + self.words
+            vocabulary = options["vocabulary"] = students.fit_vocabulary(
+                teacher, texts, size=size, words=self.words, characters=self.characters
+            )
+            if words := vocabulary.words:
+                stored = embed(words, teacher, store.path)
+                options["word_vectors"] = stored.vectors(words, prompt=teacher.prompt(None))
+        student = students.static(teacher, width=self.width or min(256, teacher.width), **options)
+        students.quantize(student, self.table)
+        return student
+
+    def _some_layers(
+        self, source: Encoder, teacher: Encoder, store: Store, texts: list[str] | Mapping[str, list[str]]
+    ) -> Encoder:
+        projection = self.projection == "ridge"
+        if self.layers != "auto":
+            return students.keep_layers(source, self.layers or 3, projection=projection)
+        some, vectors = _spread(texts, teacher, store)
+        count = self.depth or 3
+        return students.keep_layers(source, "auto", projection=projection, count=count, texts=some, vectors=vectors)
+
+
+def describe_start(student: Encoder, teacher: Encoder, store: Store, texts: list[str] | Mapping[str, list[str]]) -> str:
+    """One line on a student before its training: parameters, bytes, texts/s, and its cosine to the teacher on 256 of `texts`."""
+    some, vectors = _spread(texts, teacher, store)
+    return students.describe(student, some, vectors if student.width == vectors.shape[1] else None)
+
+
+def _spread(
+    texts: list[str] | Mapping[str, list[str]], teacher: Encoder, store: Store
+) -> tuple[list[str] | dict[str, list[str]], Tensor]:
+    """256 texts at most, spread evenly over those of each role, with the teacher's stored vectors."""
+    roles: dict[str, list[str]] = dict(texts) if isinstance(texts, Mapping) else {"": texts}
+    share = 256 // len(roles)
+    some = {
+        role: [part[i * len(part) // share] for i in range(share)] if len(part) > share else part
+        for role, part in roles.items()
+    }
+    vectors = torch.cat([store.vectors(part, prompt=teacher.prompt(role or None)) for role, part in some.items()])
+    return some if isinstance(texts, Mapping) else some[""], vectors
+
+
+def _in_the_space_of(teacher: Encoder, name: str) -> Encoder:
+    """A model that emits vectors of the teacher's space: a student of an earlier run, on the way to a smaller one."""
+    distributed.main_first(partial(_fetch, name, None))
+    source = Encoder.from_pretrained(name).to(teacher.device)
+    if source.width != teacher.width:
+        raise RecipeError(
+            f"--student.kind layers keeps layers of a student of the same teacher: {name} has width {source.width}, the "
+            f"teacher {teacher.width}. Start from it with --student.kind pretrained."
+        )
+    return source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,11 @@
 """Keep your index: its documents stay the teacher's vectors, and only the query encoder becomes small.
 
 The student reads queries and documents in their roles, and is pulled to find each text's teacher vector among a bank.
+Documents that come later are added by the student to the same index: the report's "mixed index", half of each. Vectors
+that you have are taken over first, so that the teacher does not run over them again:
 
-    accelerate launch recipes/keep_index.py --documents docs.jsonl --queries queries.jsonl \\
+    python -m distill.embed STORE --teacher NAME --max-length 128 --role document --texts docs.jsonl --vectors docs.npy
+    accelerate launch recipes/keep_index.py --store STORE --documents docs.jsonl --queries queries.jsonl \\
         --evaluation.corpus docs.jsonl --evaluation.queries dev-queries.jsonl --evaluation.qrels dev-qrels.txt
 """
 
@@ -12,7 +15,7 @@ from pathlib import Path
 
 from distill import cli
 from distill.compression import Format
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
+from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, describe_start, hold_out
 from distill.data import load_texts
 from distill.embed import embed
 from distill.errors import RecipeError
@@ -21,6 +24,7 @@ from distill.examples import match
 from distill.export import Provenance
 from distill.losses import CosineDistance, CrossContrastive, WeightedSum
 from distill.report import finish
+from distill.sides import Sides
 from distill.training import TrainConfig, train
 
 
@@ -45,6 +49,7 @@ class Recipe:
     temperature: float = 0.07
     """Of the contrastive term."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    sides: Sides = field(default_factory=Sides)
     student: StudentConfig = field(default_factory=StudentConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10.0, learning_rate=2e-3, bank_size=4096))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -55,6 +60,11 @@ class Recipe:
         Format.parse(self.store_as or "float16")
         if not self.temperature > 0:
             raise RecipeError(f"--temperature is above 0, got {self.temperature}.")
+        if self.sides.of_student() and (self.student.projection == "ridge" or self.student.kind == "pretrained"):
+            raise RecipeError(
+                "--sides.student-query-prompt and -document-prompt are set when the student is made; a projection is fitted "
+                "before (--student.projection ridge, --student.kind pretrained). Write the prompts into its folder, or leave one out."
+            )
 
 
 def main(recipe: Recipe) -> None:
@@ -68,15 +78,23 @@ def main(recipe: Recipe) -> None:
     cli.say(f"{read.report}; {len(held_out):,} held out; {len(texts.get('query', [])):,} queries")
 
     teacher = recipe.teacher.load()
+    teacher.prompts |= recipe.sides.of_teacher()
+    texts, data = recipe.sides.cut(texts, data, teacher)
     for role, some in texts.items():
         store = embed(some, teacher, recipe.store, role=role, store_as=recipe.store_as)
+    space = recipe.student.enter(teacher, store, texts)
+    teacher, store = space.teacher, space.store
     student = recipe.student.build(teacher, store, texts)
+    student.prompts |= recipe.sides.of_student()
+    student.max_length = recipe.sides.limit(student)
+    cli.say(describe_start(student, teacher, store, texts))
     start = copy.deepcopy(student)
     loss = WeightedSum({"cosine": CosineDistance(), "contrastive": CrossContrastive(temperature=recipe.temperature)})
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
 
-    scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
-    finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(loss)))
+    systems = {"untrained start": start, "student": run.student}
+    scores = evaluate(systems, teacher, data, store=store.path, mixed_index=["student"])
+    finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(loss), space=space))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distill import cli
 from distill.compression import Format
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
+from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, describe_start, hold_out
 from distill.data import load_texts
 from distill.embed import embed
 from distill.evaluation import evaluate
@@ -58,13 +58,16 @@ def main(recipe: Recipe) -> None:
 
     teacher = recipe.teacher.load()
     store = embed(texts, teacher, recipe.store, store_as=recipe.store_as)
+    space = recipe.student.enter(teacher, store, texts)
+    teacher, store = space.teacher, space.store
     student = recipe.student.build(teacher, store, texts)
+    cli.say(describe_start(student, teacher, store, texts))
     start = copy.deepcopy(student)
     loss = CosineDistance()
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
 
     scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
-    finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(loss)))
+    finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(loss), space=space))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from distill import cli
-from distill.config import StudentConfig, TeacherConfig
+from distill.config import StudentConfig, TeacherConfig, describe_start
 from distill.docstrings import docstring_pairs
 from distill.embed import embed
 from distill.errors import RecipeError
@@ -65,6 +65,7 @@ def main(recipe: Recipe) -> None:
 
     store = embed(texts, teacher, recipe.store)
     student = StudentConfig(kind=recipe.student).build(teacher, store, texts)
+    cli.say(describe_start(student, teacher, store, texts))
     start = copy.deepcopy(student)
     loss = CrossContrastive(temperature=0.07)
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.training(), output=recipe.output)
