@@ -51,7 +51,7 @@ def linear_cka(a: Float[Tensor, "n d"], b: Float[Tensor, "n e"]) -> Float[Tensor
     """How alike two spaces are, but for rotation, reflection and scale: 1 is the same shape.
 
     Equals |X^T Y|^2 / (|X^T X| |Y^T Y|) of unit rows X and Y, each less its mean; NaN where one side's rows are all alike.
-    With few rows for their widths it lies above that of more rows. O(n (d + e)^2), in float64. Kornblith et al. 2019.
+    With few rows for their widths it lies above that of more rows. O(n (d + e) min(n, d + e)), in float64. Kornblith et al. 2019.
     """
     return linear_cka_rows(a, b).mean()
 
@@ -60,11 +60,10 @@ def linear_cka_rows(a: Float[Tensor, "n d"], b: Float[Tensor, "n e"]) -> Float[T
     """Values whose mean is `linear_cka`, and whose spread is its: for intervals and paired tests (see the module's text)."""
     check_pairs("linear_cka", a, b)
     x, y = (_centred(rows) for rows in (a, b))
-    across, own, other = (left.T @ right / len(x) for left, right in ((x, y), (x, x), (y, y)))
-    product, scale = across.square().sum(), own.norm() * other.norm()
-    share = _quadratic(x, own, x) / own.square().sum() + _quadratic(y, other, y) / other.square().sum()
-    rows = (product + 2 * _quadratic(x, across, y)) / scale - product / scale * share
-    varied = all(matrix.diagonal().sum() > NO_VARIATION for matrix in (own, other))
+    across, own, other = _square_forms(x, y)
+    product, scale = across.mean(), (own.mean() * other.mean()).sqrt()
+    rows = (product + 2 * across) / scale - product / scale * (own / own.mean() + other / other.mean())
+    varied = all(side.square().sum(1).mean() > NO_VARIATION for side in (x, y))
     return rows if varied else torch.full_like(rows, torch.nan)
 
 
@@ -105,11 +104,16 @@ def _centred(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return rows - rows.mean(0)
 
 
-def _quadratic(
-    left: Float[Tensor, "n d"], matrix: Float[Tensor, "d e"], right: Float[Tensor, "n e"]
-) -> Float[Tensor, "n"]:
-    """left_i^T matrix right_i of every row."""
-    return (left @ matrix * right).sum(-1)
+def _square_forms(
+    x: Float[Tensor, "n d"], y: Float[Tensor, "n e"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """Rows whose means are |X^T Y|^2, |X^T X|^2 and |Y^T Y|^2 over n^2: from the (n, n) products of rows where n is small."""
+    if len(x) < x.shape[1] + y.shape[1]:
+        k, m = x @ x.T, y @ y.T
+        return (k * m).mean(1), (k * k).mean(1), (m * m).mean(1)
+    pairs = ((x, y), (x, x), (y, y))
+    across, own, other = ((left @ (left.T @ right / len(x)) * right).sum(1) for left, right in pairs)
+    return across, own, other
 
 
 def _spectrum(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "r"], Float[Tensor, "n r"]]:
