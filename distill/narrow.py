@@ -104,7 +104,7 @@ def turn(vectors: Float[Tensor, "n e"], directions: Float[Tensor, "d e"]) -> Flo
     return normalize(vectors @ directions.T)
 
 
-def principal(batches: Iterable[Float[Tensor, "n e"]]) -> Float[Tensor, "k e"]:
+def principal(batches: Iterable[Float[Tensor, "_ e"]]) -> Float[Tensor, "k e"]:
     """All principal directions of unit rows that come in batches, the most important first; k = e, or the rows if they are fewer.
 
     Eigenvectors of the second moments, without a mean taken off: a cosine is measured from zero, and moving zero would

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentence_transformers
@@ -12,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill import export, students
+from distill.config import StudentConfig
+from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import IntegrityError, RecipeError
 from distill.export import Provenance
 from distill.quantized import Int8Embedding, float_rows, int8_rows, kept_table, read_table, table_tensors
 from distill.similarity import pairwise_cosine
+from distill.store import Store
 
 TEXTS = [*tiny.SENTENCES, "a", "strongholds swim", "ŵ Mixed CASE"]
 CORPUS = [*tiny.SENTENCES[:6], *["strongholds swim"] * 4]
@@ -89,6 +93,50 @@ def test_vectors_that_are_given_are_not_computed(teacher: Encoder, monkeypatch: 
     assert given.fingerprint() == expected
     with pytest.raises(RecipeError, match="has 1 words of its own"):
         students.static(teacher, width=8, vocabulary=vocabulary, token_vectors=tokens, word_vectors=torch.zeros(3, 32))
+
+
+def test_a_recipe_keeps_the_vectors_of_words_in_the_store(
+    teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = embed(CORPUS, teacher, tmp_path / "store")
+    config = StudentConfig(vocabulary=120, words=2, width=8, table="int8")
+    first = config.build(teacher, store, CORPUS)
+    assert len(first.backbone.table) == 120
+    assert first.backbone.stored_as == "int8"
+    assert first.tokenize(["strongholds"]).tokens.lengths.tolist() == [1]
+
+    def ran(*_: object, **__: object) -> None:
+        raise AssertionError("the teacher ran again")
+
+    monkeypatch.setattr(teacher.backbone, "forward", ran)
+    again = config.build(teacher, Store.open(store.path), CORPUS)
+    assert again.fingerprint() == first.fingerprint()
+    more = StudentConfig(words=1, width=8)
+    whole = more.build(teacher, Store.open(store.path), CORPUS)
+    assert len(whole.backbone.table) > 120
+
+
+def test_characters_are_of_a_vocabulary(teacher: Encoder, tmp_path: Path) -> None:
+    store, sizes = embed(["dogs run"], teacher, tmp_path / "store"), {}
+    for which in ("all", "seen"):
+        config = StudentConfig(vocabulary=90, width=8, characters=which)
+        student = config.build(teacher, store, ["dogs run"])
+        sizes[which] = sum(len(piece.removeprefix("##")) == 1 for piece in student.tokenizer.get_vocab())
+    assert sizes["seen"] < sizes["all"]
+    with pytest.raises(RecipeError, match=r"--student\.characters is of --student\.vocabulary"):
+        StudentConfig(characters="seen")
+
+
+@pytest.mark.parametrize("options", [{"vocabulary": 100}, {"words": 5}, {"table": "int8"}])
+def test_flags_of_a_table_are_refused_for_other_students(options: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"--student\.table are of --student\.kind static"):
+        StudentConfig(kind="layers", **options)
+
+
+@pytest.mark.parametrize(("options", "flag"), [({"vocabulary": 0}, "vocabulary"), ({"space": 0}, "space")])
+def test_flags_below_one_are_refused(options: dict[str, int], flag: str) -> None:
+    with pytest.raises(RecipeError, match=rf"--student\.{flag} is 1 or more, got 0"):
+        StudentConfig(**options)
 
 
 # A table in fewer bytes

@@ -79,7 +79,8 @@ def chosen(
     known, merged_from = set(order), _merged_from(state)
     special = {token["content"] for token in state["added_tokens"] if token["special"]} | {unknown(state)}
     others = known - special - set(unreadable)
-    required = _characters(state, others if spelled is None else others & set(spelled))
+    characters = _characters(state, others)
+    required = characters if spelled is None else _characters(state, others & set(spelled))
     kept = {piece for piece in order if piece in special or BYTE.fullmatch(piece)} | (required & known)
     lacking = sorted(required - known)
     behind = len(lacking) + len(_outside(state, counts))
@@ -89,7 +90,7 @@ def chosen(
             'Give more, or characters="seen" to keep the characters of the texts only.'
         )
     rank = {piece: number for number, piece in enumerate(order)}
-    for piece in sorted(others - kept, key=lambda piece: (-counts.get(piece, 0), rank[piece])):
+    for piece in sorted(others - characters - kept, key=lambda piece: (-counts.get(piece, 0), rank[piece])):
         if size is None and not counts.get(piece):
             break
         more = _parts([piece], merged_from) - kept
