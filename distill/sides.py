@@ -16,20 +16,20 @@ SHORTEST_PIECE, LONGEST_PIECE = 3, 12  # words of a piece: queries are short
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """What queries and documents have of their own; without a flag, what the models' folders say."""
+    """Queries and documents apart; not given: as the models' folders say, documents cut at --teacher.max-length."""
 
     query_prompt: str | None = None
-    """Put before each query that the teacher reads."""
+    """Put before each query for the teacher."""
     document_prompt: str | None = None
-    """Put before each document that the teacher reads, as it was for the index."""
+    """Put before each document for the teacher."""
     query_max_length: int | None = None
-    """Tokens of the teacher, prompt included, that queries are cut at for both models; documents at --teacher.max-length."""
+    """The teacher's tokens that queries are cut to, for both models."""
     student_query_prompt: str | None = None
-    """Put before each query that the student reads: none for a static student, the teacher's for its layers."""
+    """The same for the student."""
     student_document_prompt: str | None = None
-    """The same for documents."""
+    """The same for the student."""
     student_max_length: int | None = None
-    """Tokens of its own at which the student cuts any text; its folder knows one limit (max_seq_length)."""
+    """Its own tokens that the student cuts any text to."""
 
     def __post_init__(self) -> None:
         at_least(1, "--sides.query-max-length", self.query_max_length)

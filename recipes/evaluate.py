@@ -1,10 +1,10 @@
 """Score model folders side by side on the same data; the first is compared with each other one, in pairs.
 
-Texts alone are enough: how faithful each model is to the teacher, on all of them, by length, and where the teacher's own
-neighbours lie close together. Each difference has a 95 % interval and a p-value (means: sign flips; rank correlations:
-bootstrap).
+Texts alone are enough for fidelity to the teacher: on all of them, by length, and where its own neighbours lie close.
 
-accelerate launch recipes/evaluate.py --models runs/mine/student other/model --texts held-out.jsonl --evaluation.sts dev.csv
+A difference has a 95 % interval and a p-value: means by sign flips, rank correlations by the bootstrap.
+
+accelerate launch recipes/evaluate.py --models runs/mine/student other/model --texts held-out.jsonl
 """
 
 from dataclasses import dataclass, field

@@ -174,7 +174,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 def _cell(score: Score | None) -> str:
     if score is None:
         return ""
-    digits = 3 if not abs(score.interval.value) >= 10 else 1
+    digits = 3 if not abs(score.interval.value) >= 2 else 1  # a rank is no share of 1
     return f"{score.interval.value:.{digits}f} ±{(score.interval.high - score.interval.low) / 2:.{digits}f}"
 
 
