@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -416,13 +415,22 @@ COUNT = 200
 
 
 @pytest.fixture(scope="module")
-def serial(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch.Tensor]:
+def serial(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     """The vectors of an uninterrupted build by one process."""
+    return uninterrupted(tiny_bert, tmp_path_factory.mktemp("serial"))
+
+
+@pytest.fixture(scope="module")
+def serial_int8(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    return uninterrupted(tiny_bert, tmp_path_factory.mktemp("serial"), "int8")
+
+
+def uninterrupted(model: Path, path: Path, store_as: str | None = None) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "WINDOW", 32)
         patch.setattr(module, "BATCH_TOKENS", 64)
-        path = tmp_path_factory.mktemp("serial")
-        yield embed(runs.texts(COUNT), runs.teacher(tiny_bert), path).vectors(runs.texts(COUNT))
+        patch.setattr(compression, "FIT_ROWS", 80)
+        return embed(runs.texts(COUNT), runs.teacher(model), path, store_as=store_as).vectors(runs.texts(COUNT))
 
 
 def test_two_processes_build_the_serial_store(serial: torch.Tensor, tiny_bert: Path, tmp_path: Path) -> None:
@@ -461,18 +469,19 @@ def test_two_independent_processes_share_one_store(serial: torch.Tensor, tiny_be
 
 
 @pytest.mark.parametrize("pattern", [".sample/rows-*.safetensors", "rows-*.safetensors"], ids=["sample", "others"])
-def test_a_killed_compressed_build_goes_on_to_the_same_bits(tiny_bert: Path, tmp_path: Path, pattern: str) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    options = {"model": tiny_bert, "count": COUNT, "store_as": "int8", "flush_seconds": 0.05}
-    processes.run(build, 1, tmp_path / "a", path=whole, **options)
-    group = processes.start(build, 2, tmp_path / "b", path=cut, wait=0.05, **options)
-    group.wait_until(lambda: len([*cut.glob(pattern)]) >= 3)
+def test_a_killed_compressed_build_goes_on_to_the_same_bits(
+    serial_int8: torch.Tensor, tiny_bert: Path, tmp_path: Path, pattern: str
+) -> None:
+    path = tmp_path / "store"
+    options = {"model": tiny_bert, "path": path, "count": COUNT, "store_as": "int8", "flush_seconds": 0.05}
+    group = processes.start(build, 2, tmp_path, wait=0.05, **options)
+    group.wait_until(lambda: len([*path.glob(pattern)]) >= 3)
     group.kill()
-    found = processes.run(build, 2, tmp_path / "c", path=cut, **options)
-    assert 0 < sum(one["computed"] for one in found) < COUNT
-    assert [one["rows"] for one in found] == [COUNT, COUNT]
-    assert torch.equal(*(Store.open(path).vectors(runs.texts(COUNT)) for path in (cut, whole)))
-    left = sorted(item.name.split("-")[0] for item in cut.iterdir() if not item.name.startswith("rows-"))
+    [found] = processes.run(build, 1, tmp_path, **options)
+    assert 0 < found["computed"] < COUNT
+    assert found["rows"] == COUNT
+    assert torch.equal(Store.open(path).vectors(runs.texts(COUNT)), serial_int8)
+    left = sorted(item.name.split("-")[0] for item in path.iterdir() if not item.name.startswith("rows-"))
     assert left == [".lock", "codec", "manifest.json"]
 
 
