@@ -1,6 +1,5 @@
 """Queries and documents apart: prompts of their own, and texts cut to a number of tokens before any model reads them."""
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +9,6 @@ from distill.config import at_least
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData
-
-SHORTEST_PIECE, LONGEST_PIECE = 3, 12  # words of a piece: queries are short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,27 +80,6 @@ def cut(texts: Sequence[str], encoder: Encoder, max_length: int, *, role: str | 
     fit = _fit(texts, encoder, max_length, prompt)
     shorter = iter(_cut([text for text, fits in zip(texts, fit, strict=True) if not fits], encoder, max_length, prompt))
     return [text if fits else next(shorter) for text, fits in zip(texts, fit, strict=True)]
-
-
-def pieces(texts: Sequence[str], count: int) -> list[str]:
-    """Runs of 3 to 12 words out of at most `count` of the texts, to stand for queries that nobody has written down.
-
-    Which texts, and which of their words, their own hashes say: the order of files does not matter, and there is no seed.
-    Words are what stands between spaces; a text of fewer than 13 has no piece, since it is as short itself.
-    """
-    long = sorted({text for text in texts if len(text.split()) > LONGEST_PIECE}, key=_hash)
-    return list(dict.fromkeys(map(_piece, long[:count])))
-
-
-def _piece(text: str) -> str:
-    words, number = text.split(), _hash(text)
-    size = SHORTEST_PIECE + number % (LONGEST_PIECE + 1 - SHORTEST_PIECE)
-    start = (number >> 32) % (len(words) + 1 - size)
-    return " ".join(words[start : start + size])
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _cut(texts: Sequence[str], encoder: Encoder, max_length: int, prompt: str) -> list[str]:

@@ -1,8 +1,10 @@
 """Keep your index: its documents stay the teacher's vectors, and only the query encoder becomes small.
 
 The student reads queries and documents in their roles, and is pulled to find each text's teacher vector among a bank.
-Documents that come later are added by the student to the same index: the report's "mixed index", half of each. Vectors
-that you have are taken over first, so that the teacher does not run over them again:
+
+Later documents are added to the same index by the student: the report's "mixed index", half of each.
+
+Vectors that you have are taken over first:
 
     python -m distill.embed STORE --teacher NAME --max-length 128 --role document --texts docs.jsonl --vectors docs.npy
     accelerate launch recipes/keep_index.py --store STORE --documents docs.jsonl --queries queries.jsonl \\

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.encoder import Encoder
+from distill.sides import cut
 from distill.store import Store, text_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,11 +51,19 @@ SMALL = {
     "match_similarities": {
         "static": TEXTS + " --train.bank-size 24 --student.width 8",
         "auto": TEXTS + " --train.bank-size 24 --student.width 8 --loss.temperature auto --loss.perplexity 8",
+        "everything": TEXTS
+        + " --train.bank-size 24 --student.width 8 --loss.gram-kl 1 --loss.rkd-distance 1 --loss.contrastive-until 0.5 "
+        "--loss.widths 8 16 --train.ema-decay 0.9 --train.start-decay 10 --train.projection-rate 0.5 "
+        "--train.token-weight-rate 2 --train.hard-stage 0.5",
     },
     "keep_index": {
         "layers": "--documents {documents} --queries {queries} --held-out 12 --teacher.name {prompted} --train.steps 6 "
         "--train.batch-size 16 --train.bank-size 24 --train.learning-rate 3e-4 --student.kind layers --student.projection ridge "
-        "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}"
+        "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}",
+        "sides": "--documents {documents} --queries {queries} --held-out 12 --teacher.name {prompted} --train.steps 6 "
+        "--train.batch-size 16 --train.bank-size 24 --student.width 8 --sides.query-prompt ? --sides.query-max-length 5 "
+        "--sides.student-query-prompt what? --sides.student-max-length 9 "
+        "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}",
     },
     "evaluate": {
         "all": "--models {bert} {mpnet} --teacher.name {bert} --texts {texts} --evaluation.sts {sts} "
@@ -242,6 +251,24 @@ BAD = {
         ["cosine or contrastive above 0"],
     ),
     "temperature": ("keep_index", "--documents x --temperature 0", 2, ["--temperature is above 0, got 0.0"]),
+    "no room for a query": (
+        "keep_index",
+        "--documents x --sides.query-max-length 0",
+        2,
+        ["--sides.query-max-length is 1 or more, got 0"],
+    ),
+    "prompt after the fit": (
+        "keep_index",
+        "--documents x --sides.student-query-prompt ask: --student.projection ridge",
+        2,
+        ["a projection is fitted before (--student.projection ridge", "leave one out"],
+    ),
+    "longer than documents": (
+        "keep_index",
+        "--documents {documents} --queries {queries} --teacher.name {bert} --sides.query-max-length 65",
+        2,
+        ["it cannot be cut at 65. Raise --teacher.max-length"],
+    ),
     "no such arm": ("bench_losses", "--arms nave", 2, ["--arms knows naive, torch.compile", "got nave"]),
     "fewer columns": ("bench_losses", "--shapes 20 10", 2, ["as many columns as rows or more; got ((20, 10),)"]),
     "no such matrix": (
@@ -442,6 +469,56 @@ def test_evaluate_compares_models_in_pairs(session: Session, processes: str) -> 
     (ndcg,) = (metric for metric in scores["teacher"] if metric.endswith("ndcg@10"))
     assert scores[str(bert)][ndcg] == pytest.approx(scores["teacher"][ndcg], abs=1e-3)
     assert f"{bert} - {mpnet}, paired" in ran.out
+
+
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_evaluate_prints_fidelity_in_full_and_a_p_value_for_each_difference(session: Session, processes: str) -> None:
+    ran = session(f"evaluate-all-{processes}").all_is_well()
+    bert, mpnet = session.names["bert"], session.names["mpnet"]
+    report = ran.json("report.json")
+    for name in (bert, mpnet):
+        slices = report["fidelity"][name]
+        assert [part["by"] for part in slices[:1]] == ["all"]
+        assert sum(part["texts"] for part in slices if part["by"] == "margin") == slices[0]["texts"] == 62
+        block = ran.out[ran.out.index(f"fidelity of {name} to the teacher") :].partition("\n\n")[0]
+        assert len(block.splitlines()) == 1 + 3 + len(slices)
+        assert all(len(line) <= 120 for line in block.splitlines()[1:]), block
+    differences = report["differences"][mpnet]
+    assert {"cosine to teacher", "CKA", "effective rank", "similarity spearman"} <= differences.keys()
+    cosine = differences["cosine to teacher"]
+    assert cosine["low"] <= cosine["value"] <= cosine["high"]
+    assert (
+        f"  cosine to teacher: {cosine['value']:+.3f} [{cosine['low']:+.3f}, {cosine['high']:+.3f}], p = 0.0001"
+        in ran.out
+    )
+
+
+@pytest.mark.parametrize("variant", ["layers", "sides"])
+def test_keep_index_scores_the_four_ways_to_use_it(session: Session, variant: str) -> None:
+    ran = session(f"keep_index-{variant}-one").all_is_well()
+    table = ran.json("report.json")["scores"]
+    systems = ["teacher", "student", "student -> teacher's index", "student -> mixed index"]
+    assert {"documents ndcg@10", "documents recall@10"} <= set.intersection(*(set(table[name]) for name in systems))
+    assert "untrained start -> mixed index" not in table
+    assert "with an index half of whose documents the student added: documents ndcg@10" in ran.out
+    values = {name: table[name]["documents ndcg@10"]["value"] for name in systems}
+    assert len(set(values.values())) == 4  # four indexes, four numbers
+
+
+def test_sides_have_prompts_and_limits_of_their_own(session: Session) -> None:
+    ran = session("keep_index-sides-one").all_is_well()
+    student = Encoder.from_pretrained(ran.output / "student")
+    assert (student.prompt("query"), student.prompt("document"), student.max_length) == ("what?", "", 9)
+    store = Store.open(session.folder / "stores" / "keep_index-sides-one")
+    documents = [json.loads(line)["text"] for line in Path(session.names["documents"]).read_text().splitlines()]
+    assert (store.find(text_keys(documents, prompt="Interest rates: ")) >= 0).all()
+    queries = [json.loads(line)["text"] for line in Path(session.names["queries"]).read_text().splitlines()]
+    teacher = Encoder.from_pretrained(session.names["prompted"])
+    teacher.prompts["query"] = "?"
+    shorter = cut(queries, teacher, 5, role="query")
+    assert sum(one != other for one, other in zip(shorter, queries, strict=True)) > 0
+    assert (store.find(text_keys(shorter, prompt="?")) >= 0).all()
+    assert store.fingerprint["max_length"] == teacher.max_length
 
 
 @pytest.mark.parametrize("job", ["classify-all-one", "classify-all-two", "launched"])

@@ -14,7 +14,7 @@ from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData
-from distill.sides import Sides, cut, pieces
+from distill.sides import Sides, cut
 from distill.store import text_keys
 
 
@@ -127,25 +127,3 @@ def test_prompts_and_limits_that_are_given_are_those_of_the_models(teacher: Enco
         Sides(student_max_length=65).limit(teacher)
     with pytest.raises(RecipeError, match=r"--sides.query-max-length is 1 or more, got 0"):
         Sides(query_max_length=0)
-
-
-# Pieces
-
-LONG = [f"{number} " + " ".join(f"w{number}-{word}" for word in range(20)) for number in range(200)]
-
-
-def test_pieces_are_runs_of_words_of_different_texts() -> None:
-    found = pieces([*LONG, "a short text", ""], 150)
-    assert len(found) == 150
-    sources = [next(text for text in LONG if piece in text) for piece in found]
-    assert len(set(sources)) == 150
-    lengths = {len(piece.split()) for piece in found}
-    assert lengths == set(range(3, 13))
-    starts = {source.split().index(piece.split()[0]) for piece, source in zip(found, sources, strict=True)}
-    assert len(starts) > 12
-
-
-def test_pieces_depend_on_the_texts_alone() -> None:
-    assert pieces(LONG[::-1], 50) == pieces(LONG, 50)
-    assert pieces(LONG * 2, 500) == pieces(LONG, 500)
-    assert pieces(["a short text"], 5) == []
