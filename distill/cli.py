@@ -6,6 +6,7 @@
 import atexit
 import errno
 import io
+import itertools
 import json
 import os
 import shlex
@@ -13,13 +14,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from distill import distributed, files
+from distill import distributed, files, manual
 from distill.errors import DistillError, IntegrityError, RecipeError, ResourceError, Stopped
 from distill.export import this_command
 
@@ -103,9 +104,10 @@ def _parse(recipe_type: type[Recipe], arguments: list[str], description: str) ->
     import tyro
 
     description = description.rstrip() + "\n\nWhat goes wrong is told in one message; --debug adds the traceback."
-    shown = io.StringIO()
+    shown, told = io.StringIO(), io.StringIO()
+    arguments, groups = _asks_for_help(arguments)
     try:
-        with redirect_stderr(shown):
+        with redirect_stderr(shown), redirect_stdout(told):
             # One form of each flag: no --no-resume beside --resume, no {None} in front of each type.
             config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
             return tyro.cli(recipe_type, args=arguments, description=description, config=config)
@@ -114,7 +116,16 @@ def _parse(recipe_type: type[Recipe], arguments: list[str], description: str) ->
             raise error from None
         if _launched_first():
             print(shown.getvalue(), end="", file=sys.stderr)
+            print(manual.fitted(told.getvalue(), groups) if groups is not None else told.getvalue(), end="")
         raise
+
+
+def _asks_for_help(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    """`--help` alone for the parser, and the groups named behind it; None if help is not asked for."""
+    place = next((number for number, argument in enumerate(arguments) if argument in ("-h", "--help")), None)
+    if place is None:
+        return arguments, None
+    return ["--help"], list(itertools.takewhile(lambda word: not word.startswith("-"), arguments[place + 1 :]))
 
 
 def _recipe_error(stop: SystemExit) -> RecipeError | None:

@@ -1,7 +1,6 @@
 """match_embeddings, and one idea more: similarities to a bank of stored teacher vectors are matched, too.
 
-The bank costs no teacher pass: its rows come from the store. Terms that rise fastest early and then stand still are faded out.
-Each part is a flag: a term is left out by weight 0.
+The bank costs no teacher pass: its rows come from the store. Terms that rise fastest early are faded out.
 
     accelerate launch recipes/match_similarities.py --data texts.jsonl --train.bank-size 16384
 """

@@ -104,6 +104,7 @@ ORDER = [
     "benchmark.cases",
     "benchmark.arms",
     "benchmark",
+    "manual",
     "cli",
 ]
 LIFTABLE = {name for name in ORDER if name.startswith(("losses", "streaming", "metrics"))} | {"similarity", "heads"}
