@@ -97,6 +97,7 @@ ORDER = [
     "export",
     "plots",
     "report",
+    "objective",
     "config",
     "sides",
     "benchmark.measuring",

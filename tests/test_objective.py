@@ -1,10 +1,5 @@
-"""The flags of the loss of recipes/match_similarities.py: which terms there are, when they fade, at which widths they count."""
+"""The loss of a recipe: which terms there are, when they fade, at which widths they count."""
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,24 +8,13 @@ import torch
 from distill import losses
 from distill.errors import RecipeError
 from distill.losses import Matryoshka, WeightedSum
+from distill.objective import LossConfig
 
-PATH = Path(__file__).resolve().parents[1] / "recipes" / "match_similarities.py"
 ALL = {"gram_mse": 2.0, "gram_kl": 0.5, "rkd_distance": 3.0}
 
 
-@pytest.fixture(scope="module")
-def recipe() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("match_similarities", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["match_similarities"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["match_similarities"]
-
-
-def test_without_flags_it_is_the_sum_of_three_terms(recipe: ModuleType) -> None:
-    total = recipe.LossConfig().build(8)
+def test_without_flags_it_is_the_sum_of_three_terms() -> None:
+    total = LossConfig().build(8)
     assert isinstance(total, WeightedSum)
     assert [*total.terms] == ["cosine", "contrastive", "kl"]
     assert total.weights() == {"cosine": 1.0, "contrastive": 1.0, "kl": 1.0}
@@ -38,9 +22,9 @@ def test_without_flags_it_is_the_sum_of_three_terms(recipe: ModuleType) -> None:
     assert total.weights() == {"cosine": 1.0, "contrastive": 1.0, "kl": 0.0}
 
 
-def test_each_term_is_its_loss_and_a_weight_of_zero_leaves_it_out(recipe: ModuleType) -> None:
+def test_each_term_is_its_loss_and_a_weight_of_zero_leaves_it_out() -> None:
     student, teacher, bank = torch.randn(6, 8), torch.randn(6, 8), torch.randn(9, 8)
-    total = recipe.LossConfig(temperature=0.2, kl=0.0, **ALL).build(8)
+    total = LossConfig(temperature=0.2, kl=0.0, **ALL).build(8)
     value = total(student, teacher, bank)
     expected = losses.cosine_distance(student, teacher)
     expected += losses.cross_contrastive(student, teacher, bank, temperature=0.2)
@@ -50,8 +34,8 @@ def test_each_term_is_its_loss_and_a_weight_of_zero_leaves_it_out(recipe: Module
     assert "kl" not in total.terms
 
 
-def test_terms_fade_when_their_flag_says(recipe: ModuleType) -> None:
-    total = recipe.LossConfig(contrastive_until=0.25, kl_until=1.0, relational_until=0.5, **ALL).build(8)
+def test_terms_fade_when_their_flag_says() -> None:
+    total = LossConfig(contrastive_until=0.25, kl_until=1.0, relational_until=0.5, **ALL).build(8)
     seen = {}
     for progress in (0.0, 0.25, 0.5, 1.0):
         total.set_progress(progress)
@@ -68,15 +52,15 @@ def test_terms_fade_when_their_flag_says(recipe: ModuleType) -> None:
     assert seen[1.0] == {**dict.fromkeys(start, 0.0), "cosine": 1}
 
 
-def test_widths_are_the_sum_at_each_width_and_the_whole_vector_always_counts(recipe: ModuleType) -> None:
+def test_widths_are_the_sum_at_each_width_and_the_whole_vector_always_counts() -> None:
     student, teacher, bank = torch.randn(6, 8), torch.randn(6, 8), torch.randn(9, 8)
     for widths in ((2, 4), (2, 4, 8)):
-        config = recipe.LossConfig(widths=widths, gram_mse=1.0)
+        config = LossConfig(widths=widths, gram_mse=1.0)
         nested = config.build(8)
         assert isinstance(nested, Matryoshka)
         assert nested.widths == (2, 4, 8)
         assert nested.uses_bank
-        whole = recipe.LossConfig(gram_mse=1.0).build(8)
+        whole = LossConfig(gram_mse=1.0).build(8)
         expected = sum(whole(student[:, :w], teacher[:, :w], bank[:, :w]) for w in (2, 4, 8))
         torch.testing.assert_close(nested(student, teacher, bank), expected)
     nested.set_progress(0.5)
@@ -101,11 +85,11 @@ def test_widths_are_the_sum_at_each_width_and_the_whole_vector_always_counts(rec
     ],
     ids=str,
 )
-def test_a_loss_that_cannot_train_is_refused(recipe: ModuleType, wrong: dict[str, Any], message: str) -> None:
+def test_a_loss_that_cannot_train_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        recipe.LossConfig(**wrong)
+        LossConfig(**wrong)
 
 
-def test_widths_beyond_the_teachers_are_refused(recipe: ModuleType) -> None:
+def test_widths_beyond_the_teachers_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"--loss.widths go up to the teacher's 8, got 16"):
-        recipe.LossConfig(widths=(4, 16)).build(8)
+        LossConfig(widths=(4, 16)).build(8)
