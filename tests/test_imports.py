@@ -104,6 +104,8 @@ ORDER = [
     "benchmark.naive",
     "benchmark.cases",
     "benchmark.arms",
+    "benchmark.peers",
+    "benchmark.seeds",
     "benchmark",
     "manual",
     "cli",

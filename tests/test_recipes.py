@@ -75,8 +75,14 @@ SMALL = {
         "--arms naive attention one-tile distill liger-kernel"
     },
 }
+SMALL["compare_peers"] = {
+    "all": "--data {texts} --held-out 12 --teacher.name {bert} --minutes 0.01 --seeds 0 1 --train.batch-size 16 "
+    "--train.bank-size 24 --student.width 8 --evaluation.sts {sts} "
+    "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}"
+}
 VARIANTS = [(recipe, variant) for recipe, variants in SMALL.items() for variant in variants]
-STUDENTS = [(recipe, variant) for recipe, variant in VARIANTS if recipe not in ("classify", "evaluate", "bench_losses")]
+MEASURING = ("bench_losses", "compare_peers")  # of one process
+STUDENTS = [(recipe, variant) for recipe, variant in VARIANTS if recipe not in ("classify", "evaluate", *MEASURING)]
 
 
 @dataclass(frozen=True)
@@ -271,6 +277,13 @@ BAD = {
     ),
     "no such arm": ("bench_losses", "--arms nave", 2, ["--arms knows naive, torch.compile", "got nave"]),
     "fewer columns": ("bench_losses", "--shapes 20 10", 2, ["as many columns as rows or more; got ((20, 10),)"]),
+    "no such peer": (
+        "compare_peers",
+        "--data x --peers sbert",
+        2,
+        ["--peers knows sentence-transformers, Embed", "got sbert"],
+    ),
+    "no minutes": ("compare_peers", "--data x --minutes 0", 2, ["--minutes is above 0"]),
     "no such matrix": (
         "bench_losses",
         "--losses gram_mse --shapes 10 20",
@@ -553,9 +566,36 @@ def test_bench_losses_shows_what_it_measured(session: Session) -> None:
     assert "recipes/bench_losses.py" in ran.out.splitlines()[len(table) + 1]
 
 
-def test_bench_losses_is_of_one_process(session: Session) -> None:
-    ran = session("bench_losses-all-two")
-    assert "error: bench_losses measures one process: add --num_processes 1" in ran.err
+@pytest.mark.parametrize("recipe", MEASURING)
+def test_what_measures_is_of_one_process(session: Session, recipe: str) -> None:
+    ran = session(f"{recipe}-all-two")
+    assert f"error: {recipe} measures one process: add --num_processes 1" in ran.err
+
+
+def test_compare_peers_trains_each_from_one_start_for_one_time(session: Session) -> None:
+    ran = session("compare_peers-all-one").all_is_well()
+    report = ran.json("compare.json")
+    trainers = ["distill", "sentence-transformers, EmbedDistillLoss", "sentence-transformers, MSELoss"]
+    assert ["untrained start", *trainers] == [
+        name for name in report["runs"] if name not in ("model2vec", "tokenlearn")
+    ]
+    assert {"model2vec", "tokenlearn"} - set(report["runs"]) == set(report["left_out"])
+    for name in trainers:
+        assert [run["parameters"] for run in report["runs"][name]] == [
+            run["parameters"] for run in report["runs"]["untrained start"]
+        ]
+        assert all(run["steps"] > 1 and 0.1 < run["seconds"] < 3 for run in report["runs"][name])  # .6 asked for
+    starts, ours, theirs = (
+        [scores["scores"][name]["cosine to teacher"]["value"] for scores in report["scores"]]
+        for name in ("untrained start", *trainers[:2])
+    )
+    assert starts[0] == starts[1]  # a static start draws nothing
+    assert min(*ours, *theirs) > starts[0]
+    lines = [line for line in ran.out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:6]] == ["teacher", "untrained start", *trainers[:2]]
+    mean = sum(ours) / len(ours)
+    assert f"| {mean:.3f} ±" in next(line for line in lines if line.startswith("| distill"))
+    assert "recipes/compare_peers.py" in ran.out
 
 
 def test_a_second_run_computes_no_teacher_vector_and_starts_over(session: Session) -> None:
