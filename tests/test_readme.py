@@ -222,7 +222,7 @@ def test_flags_named_in_the_text_exist() -> None:
 def recipe_flags(path: str) -> set[str]:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        cli._parse(recipe_module(path).Recipe, ["--help"], "")
+        cli._parse(recipe_module(path).Recipe, ["--help", "all"], "")
     return set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", shown.getvalue()))
 
 
