@@ -80,7 +80,9 @@ class LossConfig:
     def build(self, width: int) -> nn.Module:
         """The loss of vectors of the teacher's `width`, which is one of the widths in any case."""
         if self.temperature == "auto":
-            raise RecipeError("temperature auto is replaced by the number that calibration.calibrate finds, then built.")
+            raise RecipeError(
+                "temperature auto is replaced by the number that calibration.calibrate finds, then built."
+            )
         until = {"cosine": None, "contrastive": self.contrastive_until, "kl": self.kl_until}
         terms, weights = {}, {}
         for name, term in TERMS.items():
