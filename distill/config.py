@@ -120,7 +120,7 @@ class StudentConfig:
     def build(self, teacher: Encoder, store: Store, texts: list[str] | Mapping[str, list[str]]) -> Encoder:
         """The student, untrained, on the teacher's device. The token vectors of a static one are kept in the store.
 
-        `texts` are those of the training, by role as `examples.match` takes them: {"query": [...], "document": [...]}.
+        `texts` are those of the training, by role as `training.match` takes them: {"query": [...], "document": [...]}.
         """
         by_role = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
         everything = [text for _, some in by_role for text in some]

@@ -22,16 +22,15 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from distill import compression, distributed, files, similarity
-from distill.compression import Format
+from distill import distributed, files, similarity
 from distill.data import load_texts
 from distill.encoder import Encoder, Tokenized
 from distill.errors import DataError, DistillError, IntegrityError, NumericsError, RecipeError, ResourceError
 from distill.hub import cache_home
 from distill.modules import Tokens
-from distill.rows import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, packed, text_keys
-from distill.shards import JOB, MANIFEST, SAMPLE, SHARD_ROWS, Shard, read_manifest
-from distill.store import Store, refuse_other_fingerprint
+from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Format, Rows, Store, compression, packed, text_keys
+from distill.store.shards import JOB, MANIFEST, SAMPLE, SHARD_ROWS, Shard, read_manifest
+from distill.store.vectors import refuse_other_fingerprint
 
 WINDOW = 4096  # texts that are sorted by length together; batches are cut from it
 BATCH_TOKENS = 8192
@@ -71,7 +70,7 @@ def embed(
     the list of texts that were missing when the job began, which lies in the store until the job is done, so that a
     resumed job runs the same batches and writes the same bits, on any number of processes.
 
-    `store_as` is the format of a store that is made now: float16, int8, pca-K or pca-K-int8 (`compression`); None: float16.
+    `store_as` is the format of a store that is made now: float16, int8, pca-K or pca-K-int8 (`store.compression`); None: float16.
     To fit it, 16,384 of the texts are embedded before the others, once. RecipeError if the store that stands has another.
     `path=None` is `default_store(teacher)`. NumericsError if the teacher gives (nearly) the same vector for all texts.
     """

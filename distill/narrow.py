@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill import distributed, files, metrics
-from distill.compression import principal_directions, spread
 from distill.encoder import Encoder
 from distill.errors import DataError, DistillError, IntegrityError, RecipeError, ResourceError
 from distill.modules import Dense, Normalize
-from distill.shards import SHARD_ROWS
 from distill.similarity import cosine_similarity_matrix, normalize
 from distill.store import Rows, Store
+from distill.store.compression import principal_directions, spread
+from distill.store.shards import SHARD_ROWS
 
 NAME = "rotation.safetensors"
 BATCH = 4096

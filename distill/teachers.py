@@ -26,9 +26,8 @@ from distill.alignment import generalised_procrustes, nearest_rotation, principa
 from distill.data import load_texts
 from distill.encoder import Encoder
 from distill.errors import DistillError, RecipeError
-from distill.joining import Join, Joined, Sources, read_together, write_joined
-from distill.rows import text_keys
-from distill.store import Store
+from distill.store import Store, text_keys
+from distill.store.joining import Join, Joined, Sources, read_together, write_joined
 
 
 def concatenate(

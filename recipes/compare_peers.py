@@ -23,11 +23,10 @@ from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData, Scores, evaluate
-from distill.examples import match
 from distill.export import Provenance, export, this_command
 from distill.objective import LossConfig
 from distill.store import Store
-from distill.training import TrainConfig, train
+from distill.training import TrainConfig, match, train
 
 OURS, START, INDEX = "distill", "untrained start", " -> teacher's index"
 

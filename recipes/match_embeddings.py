@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import cli
-from distill.compression import Format
 from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, describe_start, hold_out
 from distill.data import load_texts
 from distill.embed import embed
 from distill.evaluation import evaluate
-from distill.examples import match
 from distill.export import Provenance
 from distill.losses import CosineDistance
 from distill.report import finish
-from distill.training import TrainConfig, train
+from distill.store import Format
+from distill.training import TrainConfig, match, train
 
 
 @dataclass(frozen=True, kw_only=True)

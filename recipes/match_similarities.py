@@ -10,18 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from distill import cli
-from distill.calibration import calibrate
-from distill.compression import Format
 from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, describe_start, hold_out
 from distill.data import load_texts
 from distill.embed import embed
 from distill.evaluation import evaluate
-from distill.examples import Examples, match
 from distill.export import Provenance
 from distill.objective import LossConfig
 from distill.report import finish
-from distill.store import Store
-from distill.training import TrainConfig, train
+from distill.store import Format, Store
+from distill.training import Examples, TrainConfig, calibrate, match, train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,10 @@ from distill.docstrings import docstring_pairs
 from distill.embed import embed
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData, evaluate
-from distill.examples import match
 from distill.export import Provenance
 from distill.losses import CrossContrastive
 from distill.report import finish
-from distill.training import TrainConfig, train
+from distill.training import TrainConfig, match, train
 
 
 @dataclass(frozen=True, kw_only=True)

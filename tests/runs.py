@@ -12,10 +12,9 @@ from torch import nn
 from distill import losses, students
 from distill.embed import embed
 from distill.encoder import Encoder
-from distill.examples import Examples, match
 from distill.modules import TransformerBackbone
 from distill.store import Store
-from distill.training import Run, TrainConfig, train
+from distill.training import Examples, Run, TrainConfig, match, train
 
 WORDS = sorted({word.strip(".,?") for sentence in tiny.SENTENCES for word in sentence.split()})
 

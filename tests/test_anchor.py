@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.anchor import TableAnchor
+from distill.training.anchor import TableAnchor
 
 
 def test_each_row_goes_its_share_of_the_way_back() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.averaging import WeightAverage
+from distill.training.averaging import WeightAverage
 
 
 def walked(module: nn.Module, average: WeightAverage, steps: int) -> list[dict[str, torch.Tensor]]:

@@ -9,12 +9,11 @@ import pytest
 import runs
 import torch
 
-from distill import calibration, sampling
-from distill.calibration import Calibration, calibrate
 from distill.errors import RecipeError
-from distill.examples import Examples
 from distill.losses import calibrate_temperature
 from distill.store import Store
+from distill.training import Examples, calibration, sampling
+from distill.training.calibration import Calibration, calibrate
 
 
 @pytest.fixture(scope="module")

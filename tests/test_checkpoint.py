@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from distill import checkpoint
 from distill.errors import IntegrityError, ResourceError
+from distill.training import checkpoint
 
 
 def parts(width: int = 4) -> tuple[nn.Module, AdamW]:

@@ -19,11 +19,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from distill import compression, files, store
-from distill.compression import Codec, Distortion, Format, fit, measure, spread
+from distill import files
 from distill.errors import DataError, DistillError, IntegrityError, RecipeError, ResourceError
-from distill.rows import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, text_keys
-from distill.store import Store, compress, verify, write_store
+from distill.store import (
+    GOOD,
+    NO_TOKENS,
+    NOT_FINITE,
+    ZERO,
+    Rows,
+    Store,
+    compress,
+    compression,
+    text_keys,
+    verify,
+    write_store,
+)
+from distill.store.__main__ import main
+from distill.store.compression import Codec, Distortion, Format, fit, measure, spread
 
 FINGERPRINT: dict[str, Any] = {"weights": "ab" * 32, "max_length": 64}
 WIDTH = 24
@@ -362,9 +374,9 @@ def test_a_damaged_codec_is_found_at_open_and_by_verify_and_not_mended(small: St
     with pytest.raises(IntegrityError, match=r"codec-.*damaged: its content differs from its sha256(.|\n)*embed anew"):
         Store.open(small.path)
     assert list(verify(small.path)) == [path.name]
-    assert store.main(["repair", str(small.path)]) == 4
+    assert main(["repair", str(small.path)]) == 4
     assert len([*small.path.glob("rows-*")]) == 2
-    assert store.main(["verify", str(small.path)]) == 4
+    assert main(["verify", str(small.path)]) == 4
     assert "2 of 2 shards are whole" in capsys.readouterr().out
     path.unlink()
     with pytest.raises(IntegrityError, match="missing or damaged"):
@@ -551,22 +563,22 @@ def test_the_fit_is_to_a_sample_of_good_rows(plain: Store, monkeypatch: pytest.M
 
 
 def test_the_commands(plain: Store, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert store.main(["compress", str(plain.path), str(tmp_path / "new"), "--as", "pca-8-int8"]) == 0
+    assert main(["compress", str(plain.path), str(tmp_path / "new"), "--as", "pca-8-int8"]) == 0
     out = capsys.readouterr().out
     assert "100 rows as pca-8-int8" in out
     assert "1 - cosine" in out
-    assert store.main(["info", str(tmp_path / "new")]) == 0
+    assert main(["info", str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out
     assert "stored as: pca-8-int8, 29 bytes a row" in out
     assert f"lost by that: {Store.open(tmp_path / 'new').distortion}" in out
-    assert store.main(["info", str(plain.path)]) == 0
+    assert main(["info", str(plain.path)]) == 0
     out = capsys.readouterr().out
     assert "stored as: float16, 69 bytes a row" in out
     assert "lost" not in out
-    assert store.main(["compress", str(plain.path), str(tmp_path / "new"), "--as", "zip"]) == 2
+    assert main(["compress", str(plain.path), str(tmp_path / "new"), "--as", "zip"]) == 2
     assert "not as 'zip'" in capsys.readouterr().err
     raw = bytearray((plain.path / plain.shards[0].file).read_bytes())
-    assert store.main(["compress", str(plain.path), str(tmp_path / "other")]) == 0
+    assert main(["compress", str(plain.path), str(tmp_path / "other")]) == 0
     assert str(Store.open(tmp_path / "other").codec.format) == "int8"
     assert (plain.path / plain.shards[0].file).read_bytes() == raw
 

@@ -14,14 +14,14 @@ import runs
 import torch
 from filelock import FileLock
 
-from distill import compression, distributed
+from distill import distributed
 from distill import embed as module
 from distill.embed import default_store, embed, embed_vocabulary, import_vectors, main
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, NumericsError, RecipeError, ResourceError
-from distill.examples import match
 from distill.modules import Tokens
-from distill.store import GOOD, NO_TOKENS, NOT_FINITE, Store, text_keys
+from distill.store import GOOD, NO_TOKENS, NOT_FINITE, Store, compression, text_keys
+from distill.training import match
 
 
 class Counted:

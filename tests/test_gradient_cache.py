@@ -11,10 +11,11 @@ import runs
 import torch
 from torch import Tensor, nn
 
-from distill import gradient_cache, losses
+from distill import losses
 from distill.encoder import Encoder
 from distill.errors import ResourceError
-from distill.gradient_cache import MicroBatch, OutOfMemory, backward_in_micro_batches, is_out_of_memory
+from distill.training import gradient_cache
+from distill.training.gradient_cache import MicroBatch, OutOfMemory, backward_in_micro_batches, is_out_of_memory
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "CrossKL": lambda: losses.CrossKL(temperature=0.1),

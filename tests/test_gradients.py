@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distill import distributed, gradients, losses
+from distill import distributed, losses
 from distill.errors import ResourceError
-from distill.gradient_cache import backward_in_micro_batches, exchange_gradients
-from distill.gradients import Share, StepGradients
 from distill.modules import StaticTable, Tokens
+from distill.training import gradients
+from distill.training.gradient_cache import backward_in_micro_batches, exchange_gradients
+from distill.training.gradients import Share, StepGradients
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "CrossKL": lambda: losses.CrossKL(temperature=0.1),

@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from distill import mining, sampling
-from distill.examples import Examples
-from distill.mining import hard_neighbours
 from distill.modules import Tokens
 from distill.store import GOOD, Rows, Store, text_keys
+from distill.training import Examples, mining, sampling
+from distill.training.mining import hard_neighbours
 
 COUNT, WIDTH = 41, 6
 FINGERPRINT = {"weights": "ab" * 32}

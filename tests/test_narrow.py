@@ -17,11 +17,10 @@ from distill.config import StudentConfig
 from distill.embed import embed, embed_vocabulary
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, RecipeError
-from distill.examples import match
 from distill.losses import CosineDistance
 from distill.similarity import cosine_similarity_matrix, normalize, pairwise_cosine
 from distill.store import Store
-from distill.training import TrainConfig, train
+from distill.training import TrainConfig, match, train
 
 TEXTS = runs.texts(120)
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

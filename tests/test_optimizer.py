@@ -7,11 +7,10 @@ import pytest
 import runs
 import torch
 
-from distill import optimizer
 from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.settings import TrainConfig
 from distill.students import freeze_token_table
+from distill.training import TrainConfig, optimizer
 
 RATE = 1e-2
 

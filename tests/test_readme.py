@@ -151,13 +151,15 @@ def parse_recipe(path: str, flags: Sequence[str]) -> object:
 
 def parse_module(name: str, flags: Sequence[str]) -> None:
     """argparse alone: what would happen after it does not."""
-    if importlib.util.find_spec(name) is None:
+    found = importlib.util.find_spec(name)
+    if found is None:
         raise ValueError(f"python -m {name}: there is no such module")
+    runs = f"{name}.__main__" if found.submodule_search_locations else name
     shown = io.StringIO()
     parse = mock.patch("argparse.ArgumentParser.parse_args", autospec=True, side_effect=parsed_only)
     try:
         with parse, contextlib.redirect_stderr(shown):
-            importlib.import_module(name).main(list(flags))
+            importlib.import_module(runs).main(list(flags))
     except Parsed:
         return
     except SystemExit as error:

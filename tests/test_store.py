@@ -18,9 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill import files, shards, store
+from distill import files
 from distill.errors import DistillError, IntegrityError, RecipeError, ResourceError
-from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, text_keys, verify
+from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, shards, text_keys, vectors, verify
+from distill.store.__main__ import main
 
 FINGERPRINT: dict[str, Any] = {"weights": "ab" * 32, "max_length": 64, "modules": "Bert > mean"}
 WIDTH = 4
@@ -83,7 +84,7 @@ def test_an_empty_store_finds_nothing(tmp_path: Path) -> None:
 
 
 def test_shards_end_at_their_row_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SHARD_ROWS", 4)
+    monkeypatch.setattr(vectors, "SHARD_ROWS", 4)
     for count, expected in ((3, [3]), (4, [4]), (5, [4, 1]), (8, [4, 4])):
         texts = [f"{i}" for i in range(count)]
         made = write(tmp_path / str(count), texts)
@@ -492,7 +493,7 @@ def test_a_missing_shard_is_taken_out_when_the_store_is_completed(two: Store, ca
 
 
 def command(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
-    code = store.main([str(argument) for argument in arguments])
+    code = main([str(argument) for argument in arguments])
     return code, *capsys.readouterr()
 
 
@@ -530,4 +531,4 @@ def test_the_command_line(two: Store, tmp_path: Path) -> None:
 
 
 def test_the_shard_limit_is_the_one_that_manifests_are_checked_by() -> None:
-    assert store.SHARD_ROWS == shards.SHARD_ROWS == 65_536
+    assert vectors.SHARD_ROWS == shards.SHARD_ROWS == 65_536

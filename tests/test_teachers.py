@@ -14,17 +14,15 @@ import runs
 import torch
 from torch import Tensor
 
-from distill import alignment, joining, teachers
+from distill import alignment, teachers
 from distill.alignment import generalised_procrustes, nearest_rotation, principal_directions
 from distill.embed import embed, embed_vocabulary
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, RecipeError
-from distill.examples import match
 from distill.losses import CosineDistance
-from distill.rows import GOOD, NO_TOKENS, NOT_FINITE, Rows, text_keys
-from distill.store import Store, compress
+from distill.store import GOOD, NO_TOKENS, NOT_FINITE, Rows, Store, compress, joining, text_keys
 from distill.teachers import concatenate, gram_average, keys_by_role, procrustes_mean
-from distill.training import TrainConfig, train
+from distill.training import TrainConfig, match, train
 
 METHODS: dict[str, Callable[..., joining.Joined]] = {
     "concatenate": concatenate,

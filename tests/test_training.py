@@ -16,13 +16,12 @@ import runs
 import torch
 from torch import Tensor, nn
 
-from distill import checkpoint, distributed, files, losses, sampling, training
+from distill import distributed, files, losses
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import DistillError, IntegrityError, NumericsError, RecipeError, ResourceError, Stopped
-from distill.examples import Examples, match
 from distill.store import Store
-from distill.training import Run, TrainConfig, train
+from distill.training import Examples, Loss, Run, TrainConfig, checkpoint, loop, match, sampling, train
 
 LONG = {"epochs": 2.0, "save_every": 3, "keep_checkpoints": 20, "dropout": 0.1}  # 10 steps over 40 texts
 
@@ -580,13 +579,13 @@ def test_settings_that_do_not_change_the_run_may_change(
 
 
 def test_losses_are_told_apart_by_their_options() -> None:
-    def same() -> training.Loss:
+    def same() -> Loss:
         return partial(losses.cross_kl, temperature=0.1)
 
-    assert training._describe(same()) == training._describe(same())
-    assert training._describe(same()) != training._describe(partial(losses.cross_kl, temperature=0.2))
-    assert training._describe(losses.cross_kl) == "cross_kl"
-    assert "0x" not in training._describe(partial(losses.cross_kl))
+    assert loop._describe(same()) == loop._describe(same())
+    assert loop._describe(same()) != loop._describe(partial(losses.cross_kl, temperature=0.2))
+    assert loop._describe(losses.cross_kl) == "cross_kl"
+    assert "0x" not in loop._describe(partial(losses.cross_kl))
 
 
 # The average, rates, the pull to the start, and the hard stage
@@ -727,7 +726,7 @@ def stopping(model: str, output: str, store: str, signals: list[int], at: int, *
     """In a process of its own: a run that gets signals while it works on a step."""
     import os
 
-    step = training._Loop._step
+    step = loop._Loop._step
 
     def interrupted(self: Any, number: int) -> dict[str, Any]:
         if number == at and distributed.rank() == distributed.world_size() - 1:
@@ -735,7 +734,7 @@ def stopping(model: str, output: str, store: str, signals: list[int], at: int, *
                 os.kill(os.getpid(), one)
         return step(self, number)
 
-    training._Loop._step = interrupted  # type: ignore[method-assign]
+    loop._Loop._step = interrupted  # type: ignore[method-assign]
     try:
         runs.small_run(model, output, store=store, **config)
     except Stopped as stopped:
@@ -743,7 +742,7 @@ def stopping(model: str, output: str, store: str, signals: list[int], at: int, *
     except KeyboardInterrupt:
         return [130, 130]
     finally:
-        training._Loop._step = step  # type: ignore[method-assign]
+        loop._Loop._step = step  # type: ignore[method-assign]
     return []
 
 
@@ -774,13 +773,13 @@ def slow_run(model: str, output: str, store: str, seconds: float, **config: Any)
     """In a process of its own: a run whose steps take a while."""
     import time
 
-    step = training._Loop._step
+    step = loop._Loop._step
 
     def slowly(self: Any, number: int) -> dict[str, Any]:
         time.sleep(seconds)
         return step(self, number)
 
-    training._Loop._step = slowly  # type: ignore[method-assign]
+    loop._Loop._step = slowly  # type: ignore[method-assign]
     return runs.small_run(model, output, store=store, **config).final_loss
 
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from distill import files
-from distill.compression import Codec, Distortion, Format
 from distill.errors import IntegrityError, RecipeError, ResourceError
+from distill.store.compression import Codec, Distortion, Format
 
 MANIFEST = "manifest.json"
 JOB = "job.safetensors"  # keys of the texts an unfinished embed() is about

@@ -1,23 +1,11 @@
-"""Teacher vectors on disk: sharded, keyed, checked, memory-mapped. A teacher runs once per text in the life of a project.
+"""The store: its rows found by key and read through memory maps, and shards that are written and then published."""
 
-A store is a folder: safetensors shards of at most 65,536 rows and a manifest.json, written last, that lists them with
-their sha256. A row is a vector (float16, or as `compression` has it), the 128-bit key of (kind, prompt, exact text), a token
-count and a flag. Rows are found by key, never by number. The fingerprint says which encoder made the vectors; another one
-is never read by accident.
-
-    python -m distill.store info PATH          what is in it, and what compression cost
-    python -m distill.store verify PATH        whether every file is what was written
-    python -m distill.store repair PATH        take damaged shards out; embed() computes only their rows anew
-    python -m distill.store compress PATH NEW --as int8     the same rows as int8, pca-256 or pca-256-int8
-"""
-
-import argparse
 import hashlib
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +17,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from distill import compression, files, shards
-from distill.compression import Codec, Distortion, Format
-from distill.errors import DistillError, IntegrityError, RecipeError, ResourceError
-from distill.rows import FLAG_NAMES, GOOD, NOT_FINITE, ZERO, Rows, packed, text_keys
-from distill.rows import NO_TOKENS as NO_TOKENS
-from distill.shards import JOB, MANIFEST, SAMPLE, SHARD_ROWS, CodecFile, Manifest, Shard, forget, verify
+from distill import files
+from distill.errors import IntegrityError, RecipeError, ResourceError
+from distill.store import compression, shards
+from distill.store.compression import Codec, Distortion, Format
+from distill.store.rows import GOOD, NOT_FINITE, ZERO, Rows, packed, text_keys
+from distill.store.shards import JOB, MANIFEST, SAMPLE, SHARD_ROWS, CodecFile, Manifest, Shard, forget
 
 
 class Store:
-    """A folder of vectors, opened for reading; `append` and `publish` add to it. See the module's text for the format."""
+    """A folder of vectors, opened for reading; `append` and `publish` add to it. See the package's text for the format."""
 
     def __init__(
         self,
@@ -270,48 +258,6 @@ def _create(store: Store) -> None:
             store.publish([])
 
 
-def write_store(
-    path: str | Path,
-    fingerprint: dict[str, Any],
-    width: int,
-    blocks: Iterable[Rows],
-    *,
-    rows: int,
-    codec: Codec | None = None,
-) -> Store:
-    """A new store of `rows` rows, which come in blocks. It appears whole or not at all.
-
-    What a killed call left beside `path` is removed by the next. RecipeError if something is there.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".{path.name}-lock"):
-        files.remove_unfinished(path.parent, path.name)
-        if path.exists() and any(path.iterdir()):
-            raise RecipeError(f"{path} is there already. Name a new folder, or delete it.")
-        with files.published_folder(path) as temporary:
-            made = Store(temporary, fingerprint, width, [], codec)
-            made.require_space(rows)
-            made.publish([record for block in blocks for record in made.append(block)])
-    return Store.open(path)
-
-
-def compress(path: str | Path, new: str | Path, form: str) -> Store:
-    """Write the rows of a float16 store into a new one, as int8, pca-K or pca-K-int8; `distortion` says what it cost.
-
-    The codec is fitted to 16,384 rows, evenly spaced. embed() adds to the new store with the same codec. Cost: reads the
-    store once; 2ek FLOP a row with PCA.
-    """
-    source, wanted = Store.open(path), Format.parse(form)
-    if source.codec.format.compressed or not wanted.compressed:
-        raise RecipeError(
-            f"compress makes int8, pca-K or pca-K-int8 of float16, so that what is lost is measured against the teacher; "
-            f"{path} holds {source.codec.format}, and {wanted} was asked for."
-        )
-    codec = source.fit(wanted)
-    return write_store(new, source.fingerprint, source.width, source.blocks(), rows=len(source), codec=codec)
-
-
 def refuse_other_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     fields = [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
     if fields:
@@ -327,78 +273,3 @@ def refuse_other_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[st
 def _short(value: Any) -> str:
     text = str(value)
     return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """python -m distill.store info|verify|repair|compress: what is in a store, whether it is whole, to mend it, to make it smaller."""
-    options = _parser().parse_args(arguments)
-    commands = {"info": _print_info, "verify": _print_verify, "repair": _repair}
-    try:
-        if options.command == "compress":
-            return _compress(options.path, options.new, options.form)
-        return commands[options.command](options.path)
-    except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ResourceError.exit_code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m distill.store", description="Look at a store of teacher vectors.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in {
-        "info": "what is in it, and what compression cost",
-        "verify": "whether every file is what was written",
-        "repair": "take damaged shards out; embed() computes only their rows anew",
-        "compress": "write its rows into a new store, in fewer bytes",
-    }.items():
-        commands.add_parser(name, help=what, description=what).add_argument("path", type=Path)
-    smaller = commands.choices["compress"]
-    smaller.add_argument("new", type=Path, help="folder of the new store")
-    smaller.add_argument("--as", dest="form", default="int8", help="int8, pca-K or pca-K-int8, as pca-256")
-    return parser
-
-
-def _print_verify(path: Path) -> int:
-    damaged = verify(path)
-    for file, problem in damaged.items():
-        print(f"{file}: {problem}")
-    names = [shard.file for shard in shards.read_manifest(path).shards]
-    print(f"{path}: {len(names) - len(damaged.keys() & set(names))} of {len(names)} shards are whole")
-    return IntegrityError.exit_code if damaged else 0
-
-
-def _repair(path: Path) -> int:
-    shards.read_codec(path, shards.read_manifest(path))  # raises: what it belongs to cannot be mended by shards
-    damaged = verify(path)
-    forget(path, damaged)
-    print(f"{path}: {len(damaged)} damaged shards taken out. Run embed() again: only their rows are computed anew.")
-    return 0
-
-
-def _compress(path: Path, new: Path, form: str) -> int:
-    small = compress(path, new, form)
-    before, after = (sum(shard.bytes for shard in one.shards) for one in (Store.open(path), small))
-    print(f"{new}: {len(small):,} rows as {form}, {before:,} bytes are {after:,}; {small.distortion}")
-    return 0
-
-
-def _print_info(path: Path) -> int:
-    store = Store.open(path)
-    for name, value in store.fingerprint.items():
-        print(f"{name}: {value}")
-    flagged = {name: int((store.flags == flag).sum()) for flag, name in FLAG_NAMES.items()}
-    print(
-        f"rows: {len(store):,} of width {store.width}, {len(store.shards)} shards, {sum(s.bytes for s in store.shards):,} bytes"
-    )
-    print(f"stored as: {store.codec.format}, {store.row_bytes} bytes a row")
-    if store.distortion:
-        print(f"lost by that: {store.distortion}")
-    print("set aside: " + (", ".join(f"{count} {name}" for name, count in flagged.items() if count) or "none"))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

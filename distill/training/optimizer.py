@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from distill.anchor import TableAnchor
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.heads import parameter_groups
 from distill.modules import Dense, StaticTable, TransformerBackbone
-from distill.settings import TrainConfig
+from distill.training.anchor import TableAnchor
+from distill.training.settings import TrainConfig
 
 
 def adamw(student: Encoder, config: TrainConfig) -> torch.optim.AdamW:

@@ -17,21 +17,20 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from distill import checkpoint, distributed, files, optimizer, runlog, sampling
-from distill.averaging import WeightAverage
+from distill import distributed, files
 from distill.encoder import Encoder
 from distill.errors import IntegrityError, NumericsError, RecipeError, Stopped
-from distill.examples import Examples
-from distill.feed import Feed, Loss
-from distill.gradients import StepGradients
-from distill.settings import TrainConfig
-from distill.stopping import stop_signals
 from distill.store import Store
+from distill.training import checkpoint, optimizer, runlog, sampling
+from distill.training.averaging import WeightAverage
+from distill.training.examples import Examples
+from distill.training.feed import Feed, Loss
+from distill.training.gradients import StepGradients
+from distill.training.settings import TrainConfig
+from distill.training.stopping import stop_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-__all__ = ["Loss", "Run", "TrainConfig", "train"]
 
 
 @dataclass(frozen=True)

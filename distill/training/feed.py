@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill import distributed, mining, sampling
+from distill import distributed
 from distill.errors import RecipeError
-from distill.examples import Examples
-from distill.gradients import Share
-from distill.settings import TrainConfig
 from distill.store import Store
+from distill.training import mining, sampling
+from distill.training.examples import Examples
+from distill.training.gradients import Share
+from distill.training.settings import TrainConfig
 
 Loss = Callable[..., Float[Tensor, ""]]
 Bank = tuple[Tensor | None, Tensor | None]  # vectors and keys

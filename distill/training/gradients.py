@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from distill import distributed
 from distill.errors import ResourceError
-from distill.gradient_cache import MicroBatch, backward_in_micro_batches, exchange_gradients
 from distill.modules import Tokens
+from distill.training.gradient_cache import MicroBatch, backward_in_micro_batches, exchange_gradients
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.compression import PAIR_ROWS, spread
 from distill.errors import DataError, RecipeError
-from distill.rows import GOOD, ZERO, Rows, packed, text_keys
-from distill.shards import MANIFEST, SHARD_ROWS
 from distill.similarity import normalize, pairwise_cosine
-from distill.store import Store, write_store
+from distill.store.compression import PAIR_ROWS, spread
+from distill.store.rows import GOOD, ZERO, Rows, packed, text_keys
+from distill.store.shards import MANIFEST, SHARD_ROWS
+from distill.store.vectors import Store
+from distill.store.writing import write_store
 
 BLOCK = 4096
 TOKENS = 65_536  # ids of tokens that are looked for at once

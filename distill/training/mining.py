@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill import distributed, files
-from distill.examples import Examples
 from distill.similarity import cosine_similarity_matrix
 from distill.store import Store
+from distill.training.examples import Examples
 
 ROWS = 4096  # of a block of the matrix, each way
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from distill import distributed, files, sampling
+from distill import distributed, files
 from distill.errors import RecipeError
-from distill.examples import Examples
 from distill.losses import calibrate_temperature
 from distill.store import Store
+from distill.training import sampling
+from distill.training.examples import Examples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,85 @@
+"""The command line of a store: what is in it, whether it is whole; to mend it, to make it smaller."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.errors import DistillError, IntegrityError, ResourceError
+from distill.store import FLAG_NAMES, Store, compress, shards, verify
+from distill.store.shards import forget
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """python -m distill.store info|verify|repair|compress: what is in a store, whether it is whole, to mend it, to make it smaller."""
+    options = _parser().parse_args(arguments)
+    commands = {"info": _print_info, "verify": _print_verify, "repair": _repair}
+    try:
+        if options.command == "compress":
+            return _compress(options.path, options.new, options.form)
+        return commands[options.command](options.path)
+    except DistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ResourceError.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m distill.store", description="Look at a store of teacher vectors.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in {
+        "info": "what is in it, and what compression cost",
+        "verify": "whether every file is what was written",
+        "repair": "take damaged shards out; embed() computes only their rows anew",
+        "compress": "write its rows into a new store, in fewer bytes",
+    }.items():
+        commands.add_parser(name, help=what, description=what).add_argument("path", type=Path)
+    smaller = commands.choices["compress"]
+    smaller.add_argument("new", type=Path, help="folder of the new store")
+    smaller.add_argument("--as", dest="form", default="int8", help="int8, pca-K or pca-K-int8, as pca-256")
+    return parser
+
+
+def _print_verify(path: Path) -> int:
+    damaged = verify(path)
+    for file, problem in damaged.items():
+        print(f"{file}: {problem}")
+    names = [shard.file for shard in shards.read_manifest(path).shards]
+    print(f"{path}: {len(names) - len(damaged.keys() & set(names))} of {len(names)} shards are whole")
+    return IntegrityError.exit_code if damaged else 0
+
+
+def _repair(path: Path) -> int:
+    shards.read_codec(path, shards.read_manifest(path))  # raises: what it belongs to cannot be mended by shards
+    damaged = verify(path)
+    forget(path, damaged)
+    print(f"{path}: {len(damaged)} damaged shards taken out. Run embed() again: only their rows are computed anew.")
+    return 0
+
+
+def _compress(path: Path, new: Path, form: str) -> int:
+    small = compress(path, new, form)
+    before, after = (sum(shard.bytes for shard in one.shards) for one in (Store.open(path), small))
+    print(f"{new}: {len(small):,} rows as {form}, {before:,} bytes are {after:,}; {small.distortion}")
+    return 0
+
+
+def _print_info(path: Path) -> int:
+    store = Store.open(path)
+    for name, value in store.fingerprint.items():
+        print(f"{name}: {value}")
+    flagged = {name: int((store.flags == flag).sum()) for flag, name in FLAG_NAMES.items()}
+    print(
+        f"rows: {len(store):,} of width {store.width}, {len(store.shards)} shards, {sum(s.bytes for s in store.shards):,} bytes"
+    )
+    print(f"stored as: {store.codec.format}, {store.row_bytes} bytes a row")
+    if store.distortion:
+        print(f"lost by that: {store.distortion}")
+    print("set aside: " + (", ".join(f"{count} {name}" for name, count in flagged.items() if count) or "none"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
