@@ -25,6 +25,7 @@ from distill.errors import DistillError, IntegrityError, RecipeError, ResourceEr
 from distill.export import this_command
 
 Recipe = TypeVar("Recipe")
+WRONG = "\n\nWhat goes wrong is told in one message; --debug adds the traceback."
 # Flags that may differ between a run and its continuation: they change no step of the training.
 FREE_TO_CHANGE = (
     "resume",
@@ -65,7 +66,8 @@ def _run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: l
     recipe = None
     try:
         with _terminable():
-            recipe = _parse(recipe_type, arguments, main.__doc__ or sys.modules[main.__module__].__doc__ or "")
+            description = main.__doc__ or sys.modules[main.__module__].__doc__ or ""
+            recipe = _parse(recipe_type, arguments, description.rstrip() + WRONG)
             distributed.device()
             distributed.use_all_cores()
             _warn_of_one_process()
@@ -100,17 +102,22 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _parse(recipe_type: type[Recipe], arguments: list[str], description: str) -> Recipe:
+def varied(recipe: Recipe, flags: str) -> Recipe:
+    """The recipe with some flags given anew, as on a command line: varied(recipe, "--train.ema-decay 0.99")."""
+    return _parse(type(recipe), shlex.split(flags), f"A variant: {flags}", default=recipe)
+
+
+def _parse(recipe_type: type[Recipe], arguments: list[str], description: str, default: Recipe | None = None) -> Recipe:
     import tyro
 
-    description = description.rstrip() + "\n\nWhat goes wrong is told in one message; --debug adds the traceback."
     shown, told = io.StringIO(), io.StringIO()
     arguments, groups = _asks_for_help(arguments)
     try:
         with redirect_stderr(shown), redirect_stdout(told):
             # One form of each flag: no --no-resume beside --resume, no {None} in front of each type.
             config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-            return tyro.cli(recipe_type, args=arguments, description=description, config=config)
+            start = {} if default is None else {"default": default}
+            return tyro.cli(recipe_type, args=arguments, description=description, config=config, **start)
     except SystemExit as stop:
         if error := _recipe_error(stop):
             raise error from None

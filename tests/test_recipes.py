@@ -80,9 +80,16 @@ SMALL["compare_peers"] = {
     "--train.bank-size 24 --student.width 8 --evaluation.sts {sts} "
     "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}"
 }
+SMALL["ablate"] = {
+    "all": TEXTS + " --train.bank-size 24 --student.width 8 --seeds 0 1 --evaluation.sts {sts} "
+    "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels} "
+    "--variants train.bank-size=12 loss.kl=1,student.width=4"
+}
 VARIANTS = [(recipe, variant) for recipe, variants in SMALL.items() for variant in variants]
 MEASURING = ("bench_losses", "compare_peers")  # of one process
-STUDENTS = [(recipe, variant) for recipe, variant in VARIANTS if recipe not in ("classify", "evaluate", *MEASURING)]
+STUDENTS = [
+    (recipe, variant) for recipe, variant in VARIANTS if recipe not in ("ablate", "classify", "evaluate", *MEASURING)
+]
 
 
 @dataclass(frozen=True)
@@ -284,6 +291,9 @@ BAD = {
         ["--peers knows sentence-transformers, Embed", "got sbert"],
     ),
     "no minutes": ("compare_peers", "--data x --minutes 0", 2, ["--minutes is above 0"]),
+    "no such variant": ("ablate", "--data x --variants train.bank=3", 2, ["--train.bank"]),
+    "variant of the data": ("ablate", "--data x --variants limit=3", 2, ["'limit=3' changes --limit, which all share"]),
+    "variant of nothing": ("ablate", "--data x --variants train.bank-size=4096", 2, ["changes nothing"]),
     "no such matrix": (
         "bench_losses",
         "--losses gram_mse --shapes 10 20",
@@ -572,6 +582,22 @@ def test_what_measures_is_of_one_process(session: Session, recipe: str) -> None:
     assert f"error: {recipe} measures one process: add --num_processes 1" in ran.err
 
 
+def test_ablate_measures_each_variant_beside_the_recipe_as_given(session: Session) -> None:
+    ran = session("ablate-all-one").all_is_well()
+    report = ran.json("ablate.json")
+    names = ["as given", "train.bank-size=12", "loss.kl=1,student.width=4"]
+    assert list(report["runs"]) == names
+    assert all([run["steps"] for run in runs] == [6, 6] for runs in report["runs"].values())
+    scores = [found["scores"] for found in report["scores"]]
+    for metric, (value, low, high) in report["differences"][names[2]].items():
+        change = [found[names[2]][metric]["value"] - found[names[0]][metric]["value"] for found in scores]
+        assert value == pytest.approx(sum(change) / 2, abs=1e-6)
+        assert low <= value <= high
+    assert scores[0][names[1]]["cosine to teacher"] != scores[0][names[0]]["cosine to teacher"]
+    assert scores[1][names[0]]["cosine to teacher"] != scores[0][names[0]]["cosine to teacher"]  # another seed
+    assert "| train.bank-size=12 |" in ran.out
+
+
 def test_compare_peers_trains_each_from_one_start_for_one_time(session: Session) -> None:
     ran = session("compare_peers-all-one").all_is_well()
     report = ran.json("compare.json")
@@ -626,7 +652,7 @@ def test_bad_input_is_one_message_with_its_exit_code(session: Session, case: str
     for part in parts:
         assert part in ran.err
     assert "Traceback" not in ran.err
-    assert ran.err.count("error: ") == (case != "unknown flag")
+    assert ran.err.count("error: ") == (case not in ("unknown flag", "no such variant"))
 
 
 def test_debug_shows_where_it_happened(session: Session) -> None:
