@@ -1,6 +1,7 @@
 """A recipe's dataclass becomes its flags; what goes wrong becomes one message and an exit code.
 
-0 done · 2 usage or recipe · 3 data · 4 store or checkpoint integrity · 5 numerics · 6 environment · 130 Ctrl-C · 143 SIGTERM.
+0 done · 2 usage or recipe · 3 data · 4 store or checkpoint integrity · 5 numerics · 6 environment · 7 done, but a --gate was
+missed · 130 Ctrl-C · 143 SIGTERM.
 """
 
 import atexit
@@ -32,6 +33,7 @@ FREE_TO_CHANGE = (
     "output",
     "store",
     "evaluation",
+    "gate",
     "save_every",
     "keep_checkpoints",
     "trackers",
@@ -111,7 +113,7 @@ def _parse(recipe_type: type[Recipe], arguments: list[str], description: str, de
     import tyro
 
     shown, told = io.StringIO(), io.StringIO()
-    arguments, groups = _asks_for_help(arguments)
+    arguments, groups = _asks_for_help(_gathered(arguments, "--gate"))
     try:
         with redirect_stderr(shown), redirect_stdout(told):
             # One form of each flag: no --no-resume beside --resume, no {None} in front of each type.
@@ -125,6 +127,22 @@ def _parse(recipe_type: type[Recipe], arguments: list[str], description: str, de
             print(shown.getvalue(), end="", file=sys.stderr)
             print(manual.fitted(told.getvalue(), groups) if groups is not None else told.getvalue(), end="")
         raise
+
+
+def _gathered(arguments: list[str], flag: str) -> list[str]:
+    """`--gate A --gate B` as `--gate A B`; of a flag that comes twice tyro takes the last one alone."""
+    own: list[str] = []
+    rest: list[str] = []
+    into = rest
+    for word in arguments:
+        name, _, value = word.partition("=")
+        if name == flag:
+            own += [value] if value else []
+            into = own
+            continue
+        into = rest if word.startswith("--") else into
+        into.append(word)
+    return [*rest, flag, *own] if own else arguments
 
 
 def _asks_for_help(arguments: list[str]) -> tuple[list[str], list[str] | None]:

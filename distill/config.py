@@ -15,7 +15,7 @@ from distill.data import load_labelled, load_pairs, load_retrieval
 from distill.embed import embed, embed_vocabulary
 from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.evaluation import EvaluationData
+from distill.evaluation import EvaluationData, task_scores
 from distill.narrow import Space, narrow
 from distill.quantized import TableFormat
 from distill.store import Store, packed, text_keys
@@ -229,6 +229,14 @@ class EvaluationConfig:
                 raise RecipeError(f"{flags} belong together; give all or none.")
         if len({_stem(name) for name in self.sts}) < len(self.sts):
             raise RecipeError("two files of --evaluation.sts have one name before the first dot; rename one.")
+
+    def tasks(self) -> list[str]:
+        """The names of the scores with labels, before anything is read."""
+        return task_scores(
+            pairs=[_stem(name) for name in self.sts],
+            retrieval=[_stem(self.corpus)] if self.corpus else [],
+            labelled=[_stem(self.classify_test)] if self.classify_test else [],
+        )
 
     def load(self, texts: list[str], *, role: str | None = None) -> EvaluationData:
         """The data, with `texts` for fidelity. Read before the training: a mistake in a file shows at once."""

@@ -41,6 +41,12 @@ class ResourceError(DistillError, OSError):
     exit_code = 6
 
 
+class GateMissed(DistillError):
+    """A run that is done and written, whose scores do not reach what a --gate asks."""
+
+    exit_code = 7
+
+
 class Stopped(BaseException):
     """The run was asked to stop (Ctrl-C: 130, SIGTERM: 143); its state is saved and it can be resumed.
 

@@ -1,4 +1,4 @@
-"""Figures: each function returns a matplotlib Figure and shows nothing; matplotlib is imported when one is drawn.
+"""Figures for notebooks: each function returns a matplotlib Figure and shows nothing; matplotlib is imported when one is drawn.
 
 Cosines go from light to dark in one colour, so that a figure reads the same in grey, and one scale serves all panels of a figure.
 """
@@ -99,7 +99,7 @@ def cost_curve(
 def loss_curve(metrics: str | Path, *, title: str = "") -> "matplotlib.figure.Figure":
     """The loss of each step of a run, and the parts of a sum of losses, from its metrics.jsonl (or the run's folder)."""
     path = Path(metrics)
-    entries = _read_metrics(path / "metrics.jsonl" if path.is_dir() else path)
+    entries = read_metrics(path / "metrics.jsonl" if path.is_dir() else path)
     figure = _figure(5.0, 2.6)
     ax = figure.add_subplot()
     logged = dict.fromkeys(name for entry in entries for name in entry)  # a term may begin later
@@ -111,6 +111,24 @@ def loss_curve(metrics: str | Path, *, title: str = "") -> "matplotlib.figure.Fi
     ax.set_title(title, fontsize=10)
     _plain(ax, legend=len(names) > 1)
     return figure
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps of a metrics.jsonl, one JSON object a line; the last line may be half written while the run goes on."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist. A run writes metrics.jsonl into its output folder.")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise DataError(f"{path}, line {number} is no JSON: {line[:80]!r}.") from error
+    if not entries or not {"step", "loss"} <= set(entries[0]):
+        raise DataError(f"{path} holds no finished step yet; expected lines with step and loss.")
+    return entries
 
 
 # Parts
@@ -206,21 +224,3 @@ def _check_labels(matrix: Tensor, rows: Sequence[str] | None, columns: Sequence[
             raise ValueError(
                 f"a matrix of shape {tuple(matrix.shape)} has {size} {name}, got {len(labels)} texts for them."
             )
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; the last line may be half written while the run goes on."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist. A run writes metrics.jsonl into its output folder.")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise DataError(f"{path}, line {number} is no JSON: {line[:80]!r}.") from error
-    if not entries or not {"step", "loss"} <= set(entries[0]):
-        raise DataError(f"{path} holds no finished step yet; expected lines with step and loss.")
-    return entries

@@ -1,26 +1,40 @@
-"""The end of a run: what the student reached, on the screen, in report.json, and as a folder to use."""
+"""The end of a run: what the student reached, on the screen, in report.json, on a page, and as a folder to use.
 
+python -m distill.report RUN                 writes RUN/report.html anew
+python -m distill.report RUN RUN... --output compare.html
+"""
+
+import argparse
+import datetime
 import json
 import math
+import sys
 import textwrap
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from distill import distributed, files
-from distill.evaluation import Scores
+from distill import distributed, files, page
+from distill.errors import DistillError, ResourceError
+from distill.evaluation import INDEX, MIXED, START, STUDENT, Scores, closeup_json, retention_json
 from distill.export import Provenance, export, usage
+from distill.gates import Gate, Verdict, enforce, judge
 from distill.metrics import Interval
+from distill.students.summary import stored_bytes
 from distill.training import Run
 
-STUDENT, START = "student", "untrained start"
-INDEX, MIXED = "student -> teacher's index", "student -> mixed index"
 
+def finish(run: Run, scores: Scores, provenance: Provenance, *, gates: Sequence[Gate] = ()) -> None:
+    """Export OUTPUT/student, write OUTPUT/report.json and report.html, and print the table, what was kept, and how to use the student.
 
-def finish(run: Run, scores: Scores, provenance: Provenance) -> None:
-    """Export OUTPUT/student, write OUTPUT/report.json, and print the table, what was kept, and how to use the student."""
-    distributed.main_first(partial(_publish, run, scores, provenance))
+    At last the gates, a line each: GateMissed if one is missed.
+    """
+    verdicts = judge(gates, scores)
+    distributed.main_first(partial(_publish, run, scores, provenance, verdicts))
     if distributed.is_main():
         print(summary(run, scores), flush=True)
+    enforce(verdicts)
 
 
 def summary(run: Run, scores: Scores) -> str:
@@ -30,14 +44,15 @@ def summary(run: Run, scores: Scores) -> str:
         str(scores),
         "",
         *_line("keeps of the teacher's scores", _shares(scores, STUDENT)),
-        *_line("with the teacher's index, only queries by the student", _shares(scores, INDEX)),
-        *_line("with an index half of whose documents the student added", _shares(scores, MIXED)),
+        *_line("with the teacher's index, only queries by the student", _shares(scores, STUDENT + INDEX)),
+        *_line("with an index half of whose documents the student added", _shares(scores, STUDENT + MIXED)),
         *_line("fidelity, further", _further(scores)),
         *_line("gained by training", [f"{metric} {_signed(gain)}" for metric, gain in gains(scores).items()]),
         *_line("against the teacher", _ratios(scores)),
         f"trained {run.steps:,} steps in {run.seconds:,.0f} s on {run.report}",
         "",
-        f"The student is in {run.output / 'student'}, all numbers are in {run.output / 'report.json'}. To use it:",
+        f"The student is in {run.output / 'student'}, all numbers are in {run.output / page.REPORT}, to look at in {run.output / page.PAGE}.",
+        "To use it:",
         "",
         *("    " + line for line in usage(run.output / "student").splitlines()),
     ]
@@ -46,13 +61,7 @@ def summary(run: Run, scores: Scores) -> str:
 
 def retention(scores: Scores, system: str) -> dict[str, float]:
     """The share of each of the teacher's scores that a system keeps."""
-    teacher, row = scores.table["teacher"], scores.table.get(system, {})
-    shares = {
-        metric: row[metric].interval.value / score.interval.value
-        for metric, score in teacher.items()
-        if metric in row and score.interval.value > 0
-    }
-    return {metric: share for metric, share in shares.items() if math.isfinite(share)}
+    return {metric: share.value for metric, share in scores.kept(system).items()}
 
 
 def gains(scores: Scores) -> dict[str, Interval]:
@@ -89,12 +98,13 @@ def _signed(interval: Interval) -> str:
     return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
-def _publish(run: Run, scores: Scores, provenance: Provenance) -> None:
+def _publish(run: Run, scores: Scores, provenance: Provenance, verdicts: Sequence[Verdict]) -> None:
     export(run.student, run.output / "student", provenance=provenance, scores=scores)
-    files.write_json(run.output / "report.json", _as_json(run, scores, provenance))
+    files.write_json(run.output / page.REPORT, _as_json(run, scores, provenance, verdicts))
+    page.write_run(run.output)
 
 
-def _as_json(run: Run, scores: Scores, provenance: Provenance) -> dict[str, Any]:
+def _as_json(run: Run, scores: Scores, provenance: Provenance, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     training = {
         "steps": run.steps,
         "seconds": run.seconds,
@@ -102,11 +112,59 @@ def _as_json(run: Run, scores: Scores, provenance: Provenance) -> dict[str, Any]
         "final_loss": run.final_loss if math.isfinite(run.final_loss) else None,
         "texts": run.report,
     }
+    student = {
+        "name": run.student.name,
+        "width": run.student.width,
+        "parameters": run.student.parameter_count,
+        "stored_bytes": stored_bytes(run.student),
+    }
     return {
         **provenance.as_json(),
+        "student": student,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": distributed.device().type,
         **scores.as_json(),
-        "retention": {system: retention(scores, system) for system in scores.table if system != "teacher"},
+        **retention_json(scores),
         "gains": {metric: vars(gain) for metric, gain in gains(scores).items()},
+        "gates": [verdict.as_json() for verdict in verdicts],
         "training": training,
         "settings": json.loads(json.dumps(run.settings, default=str)),
+        "closeup": closeup_json(scores.closeups),
     }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """python -m distill.report RUN [RUN...]: the page of a run anew, or several runs on one page."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.figures:
+            written = page.write_figures(options.run[0], options.figures)
+        elif len(options.run) == 1 and options.output is None:
+            written = [page.write_run(options.run[0])]
+        else:
+            written = [page.write_comparison(options.run, options.output or Path("compare.html"))]
+    except DistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ResourceError.exit_code
+    print(*written, sep="\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.report",
+        description="Write the page of a run anew from its report.json, or compare several runs on one page.",
+    )
+    parser.add_argument("run", nargs="+", type=Path, help="folder of a run, or its report.json")
+    parser.add_argument("--output", type=Path, help="page of several runs; by default compare.html")
+    parser.add_argument(
+        "--figures", type=Path, metavar="FOLDER", help="write the figures of the (first) run as SVG files instead"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

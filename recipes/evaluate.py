@@ -10,13 +10,16 @@ accelerate launch recipes/evaluate.py --models runs/mine/student other/model --t
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from distill import cli, distributed, files
+from distill import cli, distributed, files, page
 from distill.config import EvaluationConfig, TeacherConfig
 from distill.data import load_texts
 from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.evaluation import differences_json, evaluate, slice_table
+from distill.evaluation import INDEX, differences_json, evaluate, retention_json, slice_table
+from distill.export import this_command
+from distill.gates import Gate, enforce, judge, read_gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,9 @@ class Recipe:
     store: Path | None = None
     """Folder of the teacher's vectors; None: in the cache, by teacher."""
     output: Path = Path("runs/evaluate")
-    """Folder of report.json."""
+    """Folder of report.json and report.html."""
+    gate: tuple[str, ...] = ()
+    """What the first model must reach, such as "overlap@10 >= 0.6"; another with its name in front: "NAME: ndcg@10 >= 0.5". Missed: exit code 7."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -43,6 +48,11 @@ class Recipe:
             raise RecipeError("--models names one or more different models.")
         if not (self.texts or self.evaluation.sts or self.evaluation.corpus or self.evaluation.classify_test):
             raise RecipeError("nothing to score on: give --texts or some of --evaluation.*.")
+        self.gates()
+
+    def gates(self) -> tuple[Gate, ...]:
+        systems = [name + index for name in self.models for index in ("", INDEX)]
+        return read_gates(self.gate, self.evaluation.tasks(), [*systems, "teacher"])
 
 
 def main(recipe: Recipe) -> None:
@@ -55,16 +65,26 @@ def main(recipe: Recipe) -> None:
     scores = evaluate(models, teacher, data, store=recipe.store, keep_index=alike, speed=recipe.speed)
     first, *others = recipe.models
     differences = {other: scores.differences(first, other) for other in others}
-    report = scores.as_json() | {
-        "differences": {other: differences_json(found) for other, found in differences.items()}
+    verdicts = judge(recipe.gates(), scores)
+    report = {"teacher": teacher.name, "command": this_command()} | scores.as_json() | retention_json(scores)
+    report |= {
+        "differences": {other: differences_json(found) for other, found in differences.items()},
+        "gates": [verdict.as_json() for verdict in verdicts],
     }
-    distributed.main_first(partial(files.write_json, recipe.output / "report.json", report))
+    distributed.main_first(partial(write, recipe.output, report))
     cli.say(scores)
     for name, slices in scores.slices.items():
         cli.say(f"\nfidelity of {name} to the teacher:\n{slice_table(slices)}")
     for other, found in differences.items():
         lines = [f"\n  {metric}: {difference}" for metric, difference in found.items()]
         cli.say(f"\n{first} - {other}, paired:{''.join(lines)}")
+    cli.say(f"\nAll numbers are in {recipe.output / page.REPORT}, to look at in {recipe.output / page.PAGE}.")
+    enforce(verdicts)
+
+
+def write(output: Path, report: dict[str, Any]) -> None:
+    files.write_json(output / page.REPORT, report)
+    page.write_models(output, report)
 
 
 if __name__ == "__main__":

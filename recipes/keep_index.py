@@ -20,8 +20,9 @@ from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_le
 from distill.data import load_texts
 from distill.embed import embed
 from distill.errors import RecipeError
-from distill.evaluation import evaluate
+from distill.evaluation import MIXED, STUDENT, evaluate
 from distill.export import Provenance
+from distill.gates import OF_A_RUN, Gate, read_gates
 from distill.losses import CosineDistance, CrossContrastive, WeightedSum
 from distill.report import finish
 from distill.sides import Sides
@@ -49,6 +50,8 @@ class Recipe:
     """Folder of the run."""
     temperature: float = 0.07
     """Of the contrastive term."""
+    gate: tuple[str, ...] = ()
+    """What scores must reach, such as "overlap@10 >= 0.6", "kept ndcg@10 low >= 0.9"; missed: exit code 7, with everything written."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sides: Sides = field(default_factory=Sides)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -59,6 +62,7 @@ class Recipe:
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
         Format.parse(self.store_as or "float16")
+        self.gates()
         if not self.temperature > 0:
             raise RecipeError(f"--temperature is above 0, got {self.temperature}.")
         if self.sides.of_student() and (self.student.projection == "ridge" or self.student.kind == "pretrained"):
@@ -66,6 +70,9 @@ class Recipe:
                 "--sides.student-query-prompt and -document-prompt are set when the student is made; a projection is fitted "
                 "before (--student.projection ridge, --student.kind pretrained). Write the prompts into its folder, or leave one out."
             )
+
+    def gates(self) -> tuple[Gate, ...]:
+        return read_gates(self.gate, self.evaluation.tasks(), (*OF_A_RUN, STUDENT + MIXED))
 
 
 def main(recipe: Recipe) -> None:
@@ -95,7 +102,12 @@ def main(recipe: Recipe) -> None:
 
     systems = {"untrained start": start, "student": run.student}
     scores = evaluate(systems, teacher, data, store=store.path, mixed_index=["student"])
-    finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(loss), space=space))
+    finish(
+        run,
+        scores,
+        Provenance(teacher=teacher, data=str(read.report), loss=repr(loss), space=space),
+        gates=recipe.gates(),
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from distill.data import load_texts
 from distill.embed import embed
 from distill.evaluation import evaluate
 from distill.export import Provenance
+from distill.gates import Gate, read_gates
 from distill.objective import LossConfig
 from distill.report import finish
 from distill.store import Format, Store
@@ -37,6 +38,8 @@ class Recipe:
     """How a new store keeps them: float16, int8, pca-K (K columns) or pca-K-int8; the report says what that loses. None: float16."""
     output: Path = Path("runs/match_similarities")
     """Folder of the run."""
+    gate: tuple[str, ...] = ()
+    """What scores must reach, such as "overlap@10 >= 0.6", "kept ndcg@10 low >= 0.9"; missed: exit code 7, with everything written."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -47,6 +50,10 @@ class Recipe:
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
         Format.parse(self.store_as or "float16")
+        self.gates()
+
+    def gates(self) -> tuple[Gate, ...]:
+        return read_gates(self.gate, self.evaluation.tasks())
 
 
 def main(recipe: Recipe) -> None:
@@ -68,7 +75,12 @@ def main(recipe: Recipe) -> None:
     run = train(student, examples, store, loss.build(teacher.width), recipe.train, output=recipe.output)
 
     scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
-    finish(run, scores, Provenance(teacher=teacher, data=str(read.report), loss=repr(loss), space=space))
+    finish(
+        run,
+        scores,
+        Provenance(teacher=teacher, data=str(read.report), loss=repr(loss), space=space),
+        gates=recipe.gates(),
+    )
 
 
 def calibrated(recipe: Recipe, examples: Examples, store: Store) -> LossConfig:

@@ -14,8 +14,9 @@ from distill.config import StudentConfig, TeacherConfig, describe_start
 from distill.docstrings import docstring_pairs
 from distill.embed import embed
 from distill.errors import RecipeError
-from distill.evaluation import EvaluationData, evaluate
+from distill.evaluation import EvaluationData, evaluate, task_scores
 from distill.export import Provenance
+from distill.gates import Gate, read_gates
 from distill.losses import CrossContrastive
 from distill.report import finish
 from distill.training import TrainConfig, match, train
@@ -37,6 +38,8 @@ class Recipe:
     """Folder of the run."""
     store: Path | None = None
     """Folder of the teacher's vectors; None: in the cache, by teacher. A second run reads them."""
+    gate: tuple[str, ...] = ()
+    """What scores must reach, such as "overlap@10 >= 0.6", "kept ndcg@10 low >= 0.9"; missed: exit code 7, with everything written."""
     seed: int = 0
     """Of the choice of texts and their order."""
     resume: bool = False
@@ -46,6 +49,10 @@ class Recipe:
         if self.texts < 16 or self.held_out < 16:
             raise RecipeError(f"--texts and --held-out are 16 or more, got {self.texts} and {self.held_out}.")
         self.training()
+        self.gates()
+
+    def gates(self) -> tuple[Gate, ...]:
+        return read_gates(self.gate, task_scores(retrieval=[""]))
 
     def training(self) -> TrainConfig:
         common = {"steps": self.steps, "seed": self.seed, "resume": self.resume}
@@ -71,7 +78,8 @@ def main(recipe: Recipe) -> None:
 
     data = EvaluationData(texts=held_out.texts(), retrieval={"": held_out.retrieval()})
     scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
-    finish(run, scores, Provenance(teacher=teacher, data=f"docstrings: {learned}", loss=repr(loss)))
+    provenance = Provenance(teacher=teacher, data=f"docstrings: {learned}", loss=repr(loss))
+    finish(run, scores, provenance, gates=recipe.gates())
 
 
 if __name__ == "__main__":

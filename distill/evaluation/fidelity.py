@@ -10,6 +10,8 @@ from distill import metrics
 from distill.evaluation.scores import Score, Slice, mean_score, rank_score
 from distill.similarity import normalize, pairwise_cosine
 
+HEADLINES = ("cosine to teacher", "neighbour overlap@10", "similarity spearman")  # of `fidelity`, at k = 10
+FURTHER = ("overlap@10 in teacher's index", "CKA", "effective rank")  # beside them in `fidelity_slices`
 FEWEST = 8  # texts for a rank correlation, a CKA, an effective rank
 
 

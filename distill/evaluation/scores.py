@@ -3,12 +3,13 @@
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.evaluation.closeup import Closeup
 from distill.metrics import (
     Difference,
     Interval,
@@ -17,6 +18,9 @@ from distill.metrics import (
     resampled_difference,
     spearman,
 )
+
+STUDENT, START = "student", "untrained start"  # what a training run scores
+INDEX, MIXED = " -> teacher's index", " -> mixed index"  # behind the name of a system whose queries search there
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,15 @@ class Slice:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of several systems on the same data: `table[system][metric]`; fidelity in full: `slices[student]`, all texts first."""
+    """Scores of several systems on the same data: `table[system][metric]`; fidelity in full: `slices[student]`, all texts first.
+
+    `closeups[student]` are some of the texts themselves; they are not in `as_json`, which goes into the exported folder.
+    """
 
     table: dict[str, dict[str, Score]]
     speeds: dict[str, dict[str, int | float]]
     slices: dict[str, list[Slice]] = field(default_factory=dict)
+    closeups: dict[str, Closeup] = field(default_factory=dict)
 
     def difference(self, first: str, second: str, metric: str) -> Interval:
         """What `first` scores more than `second` on the same rows, with its paired interval."""
@@ -91,6 +99,23 @@ class Scores:
         one, two = self.of(first), self.of(second)
         both = [metric for metric in one if metric in two and _by_rows(one[metric]) and _by_rows(two[metric])]
         return {metric: self.compare(first, second, metric) for metric in both}
+
+    def share(self, system: str, of: str, metric: str) -> Interval:
+        """What `system` keeps of another's score on the same rows: the ratio of the two, with its paired bootstrap interval."""
+        mine, whole = self.of(system)[metric], self.of(of)[metric]
+        if mine.values is not None and whole.values is not None:
+            return bootstrap_interval(mine.values, whole.values, statistic=_mean_share)
+        if mine.ranked is not None and whole.ranked is not None:
+            return bootstrap_interval(*mine.ranked, *whole.ranked, statistic=_rank_share)
+        value = mine.interval.value / whole.interval.value if whole.interval.value else math.nan
+        return Interval(value=value, low=math.nan, high=math.nan)
+
+    def kept(self, system: str) -> dict[str, Interval]:
+        """The share of each of the teacher's scores that a system keeps, as far as the teacher's is above 0."""
+        teacher, row = self.table["teacher"], self.table.get(system, {})
+        common = [metric for metric, score in teacher.items() if metric in row and score.interval.value > 0]
+        found = {metric: self.share(system, "teacher", metric) for metric in common}
+        return {metric: share for metric, share in found.items() if math.isfinite(share.value)}
 
     def of(self, system: str) -> dict[str, Score]:
         """All scores of a system on all of the data: its row of the table, and its fidelity in full."""
@@ -126,7 +151,18 @@ def slice_table(slices: Sequence[Slice]) -> str:
 
 def differences_json(differences: Mapping[str, Difference]) -> dict[str, dict[str, float | None]]:
     """Plain JSON of `Scores.differences`."""
-    return {name: _finite(asdict(one.interval) | {"p_value": one.p_value}) for name, one in differences.items()}
+    return {name: one.interval.as_json() | _finite({"p_value": one.p_value}) for name, one in differences.items()}
+
+
+def retention_json(scores: Scores) -> dict[str, Any]:
+    """Plain JSON of `Scores.kept` of every system: the shares, and the same with their intervals."""
+    kept = {system: scores.kept(system) for system in scores.table if system != "teacher"}
+    return {
+        "retention": {system: {metric: one.value for metric, one in row.items()} for system, row in kept.items()},
+        "retention_intervals": {
+            system: {metric: one.as_json() for metric, one in row.items()} for system, row in kept.items()
+        },
+    }
 
 
 def mean_score(values: Float[Tensor, " n"]) -> Score:
@@ -148,6 +184,14 @@ _SPEED_CELLS: dict[str, Callable[[dict[str, int | float]], str]] = {
 
 def _rank_difference(first: Tensor, first_reference: Tensor, second: Tensor, second_reference: Tensor) -> Tensor:
     return spearman(first, first_reference) - spearman(second, second_reference)
+
+
+def _mean_share(first: Tensor, second: Tensor) -> Tensor:
+    return first.mean(-1) / second.mean(-1)
+
+
+def _rank_share(first: Tensor, first_reference: Tensor, second: Tensor, second_reference: Tensor) -> Tensor:
+    return spearman(first, first_reference) / spearman(second, second_reference)
 
 
 def _by_rows(score: Score) -> bool:
@@ -179,7 +223,7 @@ def _cell(score: Score | None) -> str:
 
 
 def _plain(scores: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:
-    return {metric: _finite(asdict(score.interval)) for metric, score in scores.items()}
+    return {metric: score.interval.as_json() for metric, score in scores.items()}
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,8 +14,9 @@ from distill.data import Labelled, Pairs, Retrieval
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import DataError, RecipeError
+from distill.evaluation.closeup import Closeup, closeup
 from distill.evaluation.fidelity import fidelity_slices, is_headline
-from distill.evaluation.scores import Score, Scores, Slice
+from distill.evaluation.scores import INDEX, MIXED, Score, Scores, Slice
 from distill.evaluation.speed import speeds
 from distill.evaluation.tasks import centroid_accuracy, judged, mixed_index, retrieval, similarity_pairs
 from distill.store import Store, text_keys
@@ -73,18 +73,29 @@ def evaluate(
     reader = _stored(teacher, store)
     table = {"teacher": _labels_scores(reader, data) | _retrieval_scores(reader, [reader], data)}
     slices: dict[str, list[Slice]] = {}
+    closeups: dict[str, Closeup] = {}
     for name, student in students.items():
         encode = _once(partial(encode_everywhere, student.to(distributed.device()), progress="student vectors"))
-        slices[name] = _fidelity_slices(encode, reader, teacher, data)
+        if data.texts:
+            slices[name], closeups[name] = _fidelity(encode, reader, teacher, data)
         table[name] = (
-            _headlines(slices[name]) | _labels_scores(encode, data) | _retrieval_scores(encode, [encode], data)
+            _headlines(slices.get(name, [])) | _labels_scores(encode, data) | _retrieval_scores(encode, [encode], data)
         )
         if keep_index and data.retrieval:
-            table[f"{name} -> teacher's index"] = _retrieval_scores(encode, [reader], data)
+            table[name + INDEX] = _retrieval_scores(encode, [reader], data)
         if name in mixed_index and data.retrieval:
-            table[f"{name} -> mixed index"] = _retrieval_scores(encode, [reader, encode], data)
+            table[name + MIXED] = _retrieval_scores(encode, [reader, encode], data)
     measured = speeds({"teacher": teacher, **students}, data.any_texts()) if speed and data.any_texts() else {}
-    return Scores(table, measured, {name: found for name, found in slices.items() if found})
+    return Scores(table, measured, slices, closeups)
+
+
+def task_scores(
+    *, pairs: Collection[str] = (), retrieval: Collection[str] = (), labelled: Collection[str] = ()
+) -> list[str]:
+    """The names that `evaluate` gives the scores of such tasks."""
+    names = [_named(task, "spearman", pairs) for task in pairs]
+    names += [_named(task, "accuracy", labelled) for task in labelled]
+    return names + [_named(task, metric, retrieval) for task in retrieval for metric in ("ndcg@10", "recall@10")]
 
 
 def encode_everywhere(
@@ -97,12 +108,11 @@ def encode_everywhere(
     return distributed.gather_rows(mine.to(encoder.device)).cpu()
 
 
-def _fidelity_slices(student: Encode, teacher: Encode, model: Encoder, data: EvaluationData) -> list[Slice]:
+def _fidelity(student: Encode, teacher: Encode, model: Encoder, data: EvaluationData) -> tuple[list[Slice], Closeup]:
     texts = list(dict.fromkeys(data.texts))
-    if not texts:
-        return []
     lengths = model.tokenize(texts, prompt=model.prompt(data.role)).tokens.lengths
-    return fidelity_slices(student(texts, role=data.role), teacher(texts, role=data.role), token_counts=lengths)
+    mine, theirs = student(texts, role=data.role), teacher(texts, role=data.role)
+    return fidelity_slices(mine, theirs, token_counts=lengths), closeup(texts, mine, theirs)
 
 
 def _headlines(slices: Sequence[Slice]) -> dict[str, Score]:
@@ -134,7 +144,7 @@ def _labels_scores(encode: Encode, data: EvaluationData) -> dict[str, Score]:
     return scores
 
 
-def _named(task: str, metric: str, tasks: Mapping[str, Any]) -> str:
+def _named(task: str, metric: str, tasks: Collection[str]) -> str:
     return metric if len(tasks) == 1 and not task else f"{task} {metric}"
 
 

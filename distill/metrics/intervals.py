@@ -23,6 +23,10 @@ class Interval:
         digits = 3 if not abs(self.value) >= 10 else 1
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
+    def as_json(self) -> dict[str, float | None]:
+        """Plain JSON; what is undefined, as a rank correlation of constants, is null."""
+        return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
