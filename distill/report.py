@@ -135,7 +135,10 @@ def _as_json(run: Run, scores: Scores, provenance: Provenance, verdicts: Sequenc
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """python -m distill.report RUN [RUN...]: the page of a run anew, or several runs on one page."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.figures and len(options.run) > 1:
+        parser.error("--figures are those of one run")
     try:
         if options.figures:
             written = page.write_figures(options.run[0], options.figures)
@@ -161,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", nargs="+", type=Path, help="folder of a run, or its report.json")
     parser.add_argument("--output", type=Path, help="page of several runs; by default compare.html")
     parser.add_argument(
-        "--figures", type=Path, metavar="FOLDER", help="write the figures of the (first) run as SVG files instead"
+        "--figures", type=Path, metavar="FOLDER", help="write the figures of one run as SVG files instead"
     )
     return parser
 

@@ -1,7 +1,7 @@
 """Charts as plain geometry, for templates to draw: positions are percent of the width, so that text keeps its size on a phone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 # A tone is a class of style.css: what a system looks like wherever it is drawn.
@@ -88,7 +88,10 @@ class Lines:
     lines: list[Line]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
-    x_label: str = "step"
+
+    def named(self) -> list[tuple[str, str]]:
+        """Tone and label of each line."""
+        return [(line.tone, line.label) for line in self.lines]
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,8 @@ class Scale:
         low, high = value if low is None else low, value if high is None else high
         return Mark(tone=tone, value=self(value), low=self(low), high=self(high))
 
-    def ticks(self, form: str = "{:g}") -> list[tuple[float, str]]:
-        return [(self(step), form.format(step)) for step in self.steps]
+    def ticks(self, show: Callable[[float], str] = "{:g}".format) -> list[tuple[float, str]]:
+        return [(self(step), show(step)) for step in self.steps]
 
 
 def scale_of(values: Sequence[float], *, start: float | None = None, count: int = 4) -> Scale:
@@ -193,7 +196,7 @@ def _line(label: str, tone: str, bins: list[tuple[float, float, float, float]], 
 
 
 def _whole_ticks(x: Scale) -> list[tuple[float, str]]:
-    """First and last step, and round ones between that come near to neither."""
+    """First and last step, and round ones between whose numbers do not run into theirs."""
     steps = [step for step in scale_of([x.low, x.high]).steps if x.low < step < x.high and step == int(step)]
-    inner = [step for step in steps if 12 < x(step) < 88]
+    inner = [step for step in steps if 12 < x(step) < 78]
     return [(x(step), f"{step:,.0f}") for step in (x.low, *inner, x.high)]

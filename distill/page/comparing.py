@@ -1,6 +1,6 @@
 """Several runs, or several models, on one page: scores with intervals, what each keeps, size and speed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,6 @@ from distill.page import figures, words
 from distill.page.charts import TONES
 from distill.page.rendering import rendered
 from distill.page.words import Report, Score, known
-
-NAME_CHARACTERS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +29,14 @@ class Entry:
         return self.report.get("speed", {}).get(self.system)
 
 
-def comparison(entries: Sequence[Entry], *, title: str, differences: Mapping[str, Any] | None = None) -> str:
-    """HTML of several entries; `differences` are those of the first to the others, in pairs, as evaluate.py reports them."""
+def comparison(
+    entries: Sequence[Entry],
+    *,
+    title: str,
+    differences: Mapping[str, Any] | None = None,
+    gates: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """HTML of several entries; `differences` of the first to the others, in pairs, and `gates` are as evaluate.py reports them."""
     tones = [TONES[number % len(TONES)] for number in range(len(entries))]
     toned = list(zip(entries, tones, strict=True))
     metrics = {
@@ -49,13 +53,16 @@ def comparison(entries: Sequence[Entry], *, title: str, differences: Mapping[str
         teacher=[words.score(_teacher(entries, metric)) if _teacher(entries, metric) else "" for metric, _ in columns],
         table=[(tone, one.label, [_cell(one, *column, entries) for column in columns]) for one, tone in toned],
         retention=figures.share_bars("retention", "Share of the teacher’s score", _shares(toned)),
-        fidelity=figures.fidelity_dots("fidelity", "", {one.label: (tone, _whole(one)) for one, tone in toned}),
+        fidelity=figures.fidelity_dots(
+            "fidelity", "", {one.label: (tone, _whole(one)) for one, tone in toned}, said=False
+        ),
         size=figures.size_bars(_speeds(toned)) if _speeds(toned) else None,
         differences=[
             (name, [_difference(*pair) for pair in found.items()]) for name, found in (differences or {}).items()
         ],
         first=entries[0].label,
-        legend=[(tone, one.label) for one, tone in toned],
+        gates=gates,
+        whose=[(tone, one.label) for one, tone in toned],
     )
 
 
@@ -68,20 +75,33 @@ def labels(names: Sequence[str]) -> list[str]:
 
 
 def _lead(entries: Sequence[Entry]) -> str:
-    """Which one keeps the most, of the score that all have and that counts first."""
+    """Which one is best by the first score that all have, and whose intervals overlap its own."""
+    for verb, what, scores in _in_common(entries):
+        order = sorted(range(len(entries)), key=lambda number: -(scores[number]["value"] or 0.0))
+        best, *others = ((entries[number].label, scores[number]) for number in order)
+        most = "the most, " if others else ""
+        sentence = (
+            f"{best[0]} {verb} {most}{words.percent(best[1]['value'])}{',' if most else ''} of the teacher’s {what}"
+        )
+        level = [label for label, score in others if _overlap(score, best[1])]
+        return f"{sentence}{f'; its interval overlaps that of {words.joined(level)}' if level else ''}."
+    return "No score is common to all of them."
+
+
+def _in_common(entries: Sequence[Entry]) -> Iterator[tuple[str, str, list[Score]]]:
+    """What all have of the teacher's scores with its index, then alone, then of its neighbours: verb, what of, shares."""
     for behind, where in ((INDEX, " with the teacher’s index"), ("", "")):
         kept = [words.headline(one.kept(behind)) for one in entries]
-        shared = [metric for metric in kept[0] if all(metric in row for row in kept)]
-        if shared:
-            best = max(range(len(entries)), key=lambda number: kept[number][shared[0]]["value"] or 0.0)
-            share = words.percent(kept[best][shared[0]]["value"])
-            return f"{entries[best].label} keeps most of the teacher’s {shared[0]}{where}: {share}."
+        for metric in kept[0]:
+            if all(metric in row for row in kept):
+                yield "keeps", f"{metric}{where}", [row[metric] for row in kept]
     rows = [one.row().get("neighbour overlap@10") for one in entries]
     if all(row and row["value"] is not None for row in rows):
-        best = max(range(len(entries)), key=lambda number: rows[number]["value"])  # type: ignore[index]
-        share = words.percent(rows[best]["value"])  # type: ignore[index]
-        return f"{entries[best].label} shares most of the teacher’s ten nearest neighbours: {share}."
-    return "No score is common to all of them."
+        yield "shares", "ten nearest neighbours", [row for row in rows if row]
+
+
+def _overlap(one: Score, other: Score) -> bool:
+    return known(one) and known(other) and one["high"] >= other["low"] and other["high"] >= one["low"]  # type: ignore[operator]
 
 
 def _unlike(entries: Sequence[Entry]) -> list[str]:
@@ -141,7 +161,7 @@ def _speeds(toned: Sequence[tuple[Entry, str]]) -> dict[str, tuple[str, Mapping[
     """The teacher's, then each one's."""
     measured = {one.label: (tone, speed) for one, tone in toned if (speed := one.speed())}
     teacher = next((speed for one, _ in toned if (speed := one.report.get("speed", {}).get("teacher"))), None)
-    return ({"teacher": ("teacher", teacher)} if teacher and measured else {}) | measured
+    return ({"the teacher": ("teacher", teacher)} if teacher and measured else {}) | measured
 
 
 def _about(entry: Entry) -> str:

@@ -10,13 +10,13 @@ from distill.page.charts import Group, Lines, Matrices, Panel, Row, Rows, Scale
 from distill.page.words import Report, Score, known
 
 LABELS = {
-    STUDENT + INDEX: "student, searching the teacher’s index",
-    STUDENT + MIXED: "student, in an index half its own",
-    STUDENT: "student, with its own index",
+    STUDENT + INDEX: "student, teacher’s index",
+    STUDENT + MIXED: "student, mixed index",
+    STUDENT: "student, own index",
     START: "untrained start",
 }
 ON_THEIR_OWN = {STUDENT: "student", START: "untrained start"}
-TONES = {STUDENT + INDEX: "index", STUDENT + MIXED: "mixed", STUDENT: "student", START: "start", "teacher": "teacher"}
+TONES = {STUDENT: "student", START: "start", "teacher": "teacher"}
 SHARES = ("cosine to teacher", "neighbour overlap@10", "overlap@10 in teacher's index", "similarity spearman", "CKA")
 SLICED = "neighbour overlap@10"
 
@@ -28,7 +28,7 @@ def retention(report: Report) -> Rows | None:
     indexed = any(systems[name] for name in (STUDENT + INDEX, STUDENT + MIXED))
     labels = LABELS if indexed else LABELS | ON_THEIR_OWN
     groups = [
-        [(labels[name], TONES[name], row[metric]) for name, row in systems.items() if metric in row]
+        [(labels[name], TONES.get(name, "student"), row[metric]) for name, row in systems.items() if metric in row]
         for metric in metrics
     ]
     return share_bars(
@@ -51,7 +51,7 @@ def share_bars(name: str, title: str, groups: Mapping[str, Sequence[tuple[str, s
             Group(heading=metric, rows=[_row(label, tone, one, scale, words.percent) for label, tone, one in rows])
             for metric, rows in groups.items()
         ],
-        ticks=scale.ticks("{:.0%}"),
+        ticks=scale.ticks(lambda share: f"{100 * share:.0f} %"),
         line=(scale(1.0), "teacher"),
     )
 
@@ -62,25 +62,25 @@ def fidelity(report: Report) -> Rows | None:
     return fidelity_dots("fidelity", "On all texts", {name: (TONES[name], row) for name, row in wholes.items()})
 
 
-def fidelity_dots(name: str, title: str, systems: Mapping[str, tuple[str, Mapping[str, Score]]]) -> Rows | None:
-    """Dots of the numbers that are at most 1, one line a metric: by system (tone, scores), the first system's in words."""
+def fidelity_dots(
+    name: str, title: str, systems: Mapping[str, tuple[str, Mapping[str, Score]]], *, said: bool = True
+) -> Rows | None:
+    """Dots of the numbers that are at most 1, one line a metric: by label (tone, scores); the first one's in words, if `said`."""
     rows = []
     scale = Scale(0.0, 1.0, [0.0, 0.25, 0.5, 0.75, 1.0])
     for metric in SHARES:
         found = [(tone, row[metric]) for tone, row in systems.values() if known(row.get(metric))]
         if found:
-            rows.append(_dots(metric, found, scale))
+            rows.append(_dots(metric, found, scale, said=said))
     return _dot_chart(name, title, rows, scale)
 
 
 def by_length(report: Report) -> Rows | None:
-    return _sliced(report, "tokens", "length", "Neighbour overlap@10 by length of the text", "{:.0f}–{:.0f} tokens")
+    return _sliced(report, "tokens", "length", "Neighbour overlap@10, by length", "{:.0f}–{:.0f} tokens")
 
 
 def by_margin(report: Report) -> Rows | None:
-    return _sliced(
-        report, "margin", "margin", "Neighbour overlap@10 by the teacher’s own margin", "margin {:.2f}–{:.2f}"
-    )
+    return _sliced(report, "margin", "margin", "Neighbour overlap@10, by the teacher’s margin", "margin {:.2f}–{:.2f}")
 
 
 def _sliced(report: Report, by: str, name: str, title: str, label: str) -> Rows | None:
@@ -111,8 +111,8 @@ def matrices(report: Report) -> Matrices | None:
         name="matrix",
         title="Cosines of every text by the student (rows) with every text by the teacher (columns)",
         panels=[_panel(title, matrix, low, high) for title, matrix in shown.items()],
-        low=f"{low:.2f}",
-        high=f"{high:.2f}",
+        low=words.number(low, 2),
+        high=words.number(high, 2),
         texts=report["closeup"]["texts"],
     )
 
@@ -170,15 +170,17 @@ def _row(label: str, tone: str, one: Score, scale: Scale, show: Any) -> Row:
     return Row(label=label, text=words.interval(one, show), marks=[scale.mark(tone, one["value"] or 0.0, low, high)])
 
 
-def _dots(label: str, found: Sequence[tuple[str, Score]], scale: Scale, note: str = "") -> Row:
+def _dots(label: str, found: Sequence[tuple[str, Score]], scale: Scale, note: str = "", said: bool = True) -> Row:
     marks = [scale.mark(tone, one["value"], one["low"], one["high"]) for tone, one in found]  # type: ignore[arg-type]
-    return Row(label=label, text=words.interval(found[0][1]), marks=marks, note=note)
+    return Row(label=label, text=words.interval(found[0][1]) if said else "", marks=marks, note=note)
 
 
 def _dot_chart(name: str, title: str, rows: list[Row], scale: Scale) -> Rows | None:
     if not rows:
         return None
-    return Rows(name=name, title=title, kind="dot", groups=[Group(heading="", rows=rows)], ticks=scale.ticks("{:.2f}"))
+    return Rows(
+        name=name, title=title, kind="dot", groups=[Group(heading="", rows=rows)], ticks=scale.ticks("{:.2f}".format)
+    )
 
 
 def _span(label: str, low: float, high: float) -> str:
@@ -192,6 +194,6 @@ def _panel(title: str, matrix: Sequence[Sequence[float | None]], low: float, hig
     def cell(value: float | None) -> tuple[float, str]:
         if value is None or not math.isfinite(value):
             return 0.0, words.ABSENT
-        return round((value - low) / max(high - low, 1e-9), 3), f"{value:.2f}"
+        return round((value - low) / max(high - low, 1e-9), 3), words.number(value, 2)
 
     return Panel(title=title, cells=[[cell(value) for value in row] for row in matrix])

@@ -34,7 +34,7 @@ def run_page(report: Report, steps: Sequence[Mapping[str, Any]], usage: str) -> 
         gates=report.get("gates", []),
         systems=systems,
         table=table,
-        legend=LEGEND if START in report.get("scores", {}) else LEGEND[:1],
+        whose=LEGEND if START in report.get("scores", {}) else LEGEND[:1],
         length=figures.by_length(report),
         margin=figures.by_margin(report),
         texts=_texts(report),
@@ -42,7 +42,8 @@ def run_page(report: Report, steps: Sequence[Mapping[str, Any]], usage: str) -> 
         loss=figures.loss(steps),
         rate=figures.rate(steps),
         training=_training(report),
-        device=f" on {device}" if (device := report.get("device")) else "",
+        gains=[(metric, words.signed(gain)) for metric, gain in report.get("gains", {}).items()],
+        device=f" on {device.upper()}" if (device := report.get("device")) else "",
         stored=_stored(report),
         space=IN_FEWER if report.get("space") else IN_THE_SPACE,
         usage=usage,
@@ -88,7 +89,7 @@ def key_numbers(report: Report) -> list[tuple[str, str, str]]:
     if ratios := words.size_and_speed(report.get("speed", {}), STUDENT):
         speed = report["speed"][STUDENT]
         found.append(("fewer parameters", f"{words.times(ratios[0])}×", words.amount(speed["parameters"])))
-        found.append(("the texts a second", f"{words.times(ratios[1])}×", f"{speed['texts_per_second']:,.0f}/s"))
+        found.append(("more texts a second", f"{words.times(ratios[1])}×", f"{speed['texts_per_second']:,.0f}/s"))
     return found
 
 
@@ -112,14 +113,12 @@ def _texts(report: Report) -> str:
 
 
 def _training(report: Report) -> str:
-    """What was done, and what it gained."""
+    """What was done."""
     training = report.get("training")
     if not training:
         return ""
     speed = f"{training['texts_per_second']:,.0f} texts/s"
-    done = f"{training['steps']:,} steps in {words.seconds(training['seconds'])}, {speed}, on {training['texts']}."
-    gains = [f"{metric} {words.signed(gain)}" for metric, gain in report.get("gains", {}).items()]
-    return f"{done} Gained over the untrained start: {words.joined(gains)}." if gains else done
+    return f"{training['steps']:,} steps in {words.seconds(training['seconds'])}, {speed}, on {training['texts']}."
 
 
 def _stored(report: Report) -> str:
@@ -135,7 +134,7 @@ def _facts(report: Report) -> Pairs:
         "student": _about(report.get("student", {})),
         "texts": report.get("data"),
         "loss": report.get("loss"),
-        "finished": report.get("finished"),
+        "finished": report.get("finished", "").replace("T", " ").replace("+00:00", " UTC"),
         "versions": versions,
     }
     return [(name, str(value)) for name, value in facts.items() if value]

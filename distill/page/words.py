@@ -8,14 +8,14 @@ from distill.evaluation import INDEX, START, STUDENT
 
 Report = Mapping[str, Any]
 Score = Mapping[str, float | None]
-ABSENT = "–"
+ABSENT, MINUS = "–", "−"
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """Fixed digits for a share, one for what is no share, and a dash for what is no number."""
     if value is None or not math.isfinite(value):
         return ABSENT
-    return f"{value + 0.0:,.{digits if abs(value) < 10 else 1}f}"
+    return f"{value + 0.0:,.{digits if abs(value) < 10 else 1}f}".replace("-", MINUS)
 
 
 def percent(value: float | None) -> str:
@@ -40,7 +40,8 @@ def signed(one: Score) -> str:
     """+0.045 [+0.031, +0.059]."""
     if one["value"] is None:
         return ABSENT
-    return f"{one['value']:+.3f}" + (f" [{one['low']:+.3f}, {one['high']:+.3f}]" if known(one) else "")
+    text = f"{one['value']:+.3f}" + (f" [{one['low']:+.3f}, {one['high']:+.3f}]" if known(one) else "")
+    return text.replace("-", MINUS)
 
 
 def times(ratio: float) -> str:
@@ -49,10 +50,10 @@ def times(ratio: float) -> str:
 
 
 def amount(count: float) -> str:
-    """109M, 8.0M, 640k."""
+    """109M, 7.95M, 640k."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
-            return f"{count / size:.{0 if count >= 100 * size else 1}f}{letter}"
+            return f"{count / size:.3g}{letter}"
     return f"{count:,.0f}"
 
 

@@ -32,11 +32,15 @@ def write_models(folder: Path, report: dict[str, Any]) -> Path:
         Entry(label=label, report=report, system=name) for label, name in zip(labels(models), models, strict=True)
     ]
     title = f"{len(entries)} models on the same data" if len(entries) > 1 else "A model beside its teacher"
-    return _write(folder / PAGE, comparison(entries, title=title, differences=report["differences"]))
+    return _write(
+        folder / PAGE,
+        comparison(entries, title=title, differences=report["differences"], gates=report.get("gates", [])),
+    )
 
 
 def write_comparison(runs: Sequence[Path], output: Path) -> Path:
     """Several runs on one page."""
+    runs = list(dict.fromkeys(runs))
     names = labels([str(_folder(run)) for run in runs])
     entries = [Entry(label=name, report=read_report(run)) for name, run in zip(names, runs, strict=True)]
     return _write(output, comparison(entries, title=f"{len(entries)} runs side by side"))
