@@ -63,7 +63,7 @@ def export(
         if provenance.space and provenance.space.directions is not None:
             write_directions(temporary / NAME, provenance.space.directions)
         card = _card(student, path, record, scores, license, provenance.space, cost)
-        (temporary / "README.md").write_text(str(card), encoding="utf-8")
+        (temporary / "README.md").write_text(str(card), encoding="utf-8", errors="backslashreplace")
         (temporary / "distill.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
 

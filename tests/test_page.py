@@ -333,7 +333,7 @@ def test_long_curves_are_means_with_a_band_and_gaps_are_left_out() -> None:
     assert len(line.points.split()) == 200
     assert line.band
     heights = [float(point.split(",")[1]) for point in line.points.split()]
-    assert all(abs(height - 500) < 120 for height in heights)
+    assert all(abs(height - 500) < 200 for height in heights)
     assert lines("loss", "Loss", [1, 2], {"loss": [None, math.nan]}) is None
     assert lines("loss", "Loss", [1], {"loss": [2.0]}).lines[0].points.count(",") == 2  # type: ignore[union-attr]
 
@@ -405,14 +405,17 @@ def test_names_lose_what_all_begin_with() -> None:
 # In a browser
 
 MEASURE = """<script>
-const boxes = [...document.querySelectorAll("figure, figure svg, #worst")].map(e => {
-  const b = e.getBoundingClientRect(); return [e.id || e.tagName, b.width, b.height]; });
+const box = e => { const b = e.getBoundingClientRect(); return [e.id || e.getAttribute("class"), b.width, b.height]; };
+const boxes = [...document.querySelectorAll("figure, svg.chart, svg.matrix, #worst")].map(box);
 const clashes = [...document.querySelectorAll("svg text.value")].filter(value => {
   const label = value.previousElementSibling.querySelector("text").getBoundingClientRect();
   return label.right > value.getBoundingClientRect().left; }).map(value => value.textContent);
-const root = document.documentElement;
-root.dataset.measured = JSON.stringify({boxes, clashes, wide: root.scrollWidth, window: innerWidth});
+const wide = document.documentElement.scrollWidth;
+parent.postMessage(JSON.stringify({boxes, clashes, wide, window: innerWidth}), "*");
 </script>"""
+# Headless windows are 500 pixels wide or more; a frame may be as narrow as a phone.
+FRAME = """<!doctype html><script>onmessage = event => document.documentElement.dataset.measured = event.data;</script>
+<iframe src="{src}" width="{width}" height="900" style="border: 0"></iframe>"""
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +424,7 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str,
         pytest.skip("no Chromium is installed to open the page in")
     profile = tmp_path_factory.mktemp("chromium")
 
-    def call(path: Path, width: int = 1100) -> tuple[str, str]:
+    def call(path: Path) -> tuple[str, str]:
         flags = [
             "--headless",
             "--no-sandbox",
@@ -429,7 +432,13 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str,
             "--disable-background-networking",
             "--disable-dev-shm-usage",
         ]
-        flags += [f"--user-data-dir={profile}", "--enable-logging=stderr", f"--window-size={width},1000", "--dump-dom"]
+        flags += [
+            f"--user-data-dir={profile}",
+            "--enable-logging=stderr",
+            "--window-size=1300,1000",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+        ]
         done = subprocess.run(
             [CHROMIUM, *flags, path.as_uri()], capture_output=True, text=True, timeout=240, check=False
         )
@@ -450,8 +459,8 @@ def test_every_figure_is_seen_and_no_page_is_wider_than_its_window(
     text = (run / page.PAGE).read_text(encoding="utf-8")
     probed = tmp_path / "probed.html"
     probed.write_text(re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", f"{MEASURE}</body>"))
-    document, _ = browse(probed, width)
-    found = measured(document)
+    (tmp_path / "frame.html").write_text(FRAME.format(src=probed.name, width=width))
+    found = measured(browse(tmp_path / "frame.html")[0])
     assert found["window"] == width
     assert found["wide"] <= width
     assert found["clashes"] == []

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 # A tone is a class of style.css: what a system looks like wherever it is drawn.
 TONES = ("run-1", "run-2", "run-3", "run-4", "run-5", "run-6")
 MOST_POINTS = 240  # of a line
+Number = int | float  # JSON has both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,22 +99,22 @@ class Lines:
 class Scale:
     """Values from `low` to `high` as percent from 0 to 100; what lies outside is drawn at the edge."""
 
-    low: float
-    high: float
-    steps: list[float] = field(default_factory=list)
+    low: Number
+    high: Number
+    steps: list[Number] = field(default_factory=list)
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> float:
         return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
 
-    def mark(self, tone: str, value: float, low: float | None = None, high: float | None = None) -> Mark:
+    def mark(self, tone: str, value: Number, low: Number | None = None, high: Number | None = None) -> Mark:
         low, high = value if low is None else low, value if high is None else high
         return Mark(tone=tone, value=self(value), low=self(low), high=self(high))
 
-    def ticks(self, show: Callable[[float], str] = "{:g}".format) -> list[tuple[float, str]]:
+    def ticks(self, show: Callable[[Number], str] = "{:g}".format) -> list[tuple[float, str]]:
         return [(self(step), show(step)) for step in self.steps]
 
 
-def scale_of(values: Sequence[float], *, start: float | None = None, count: int = 4) -> Scale:
+def scale_of(values: Sequence[Number], *, start: Number | None = None, count: int = 4) -> Scale:
     """A scale around the values whose about `count` ticks are round numbers; it begins at `start`, if that is given.
 
     Values that are all alike get a scale with room on both sides.
@@ -138,10 +139,10 @@ def _round_step(least: float) -> float:
 def lines(
     name: str,
     title: str,
-    steps: Sequence[float],
-    curves: Mapping[str, Sequence[float | None]],
+    steps: Sequence[Number],
+    curves: Mapping[str, Sequence[Number | None]],
     *,
-    start: float | None = None,
+    start: Number | None = None,
 ) -> Lines | None:
     """Curves over steps, the first in the student's tone; None if there is no finite point. Long ones are means of some steps each."""
     finite = {
@@ -168,7 +169,7 @@ def lines(
     )
 
 
-def _binned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
+def _binned(points: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number, Number, Number]]:
     """Step, mean, lowest and highest of as many neighbours as leave 240 points at most."""
     size = -(-len(points) // MOST_POINTS)
     bins = [points[start : start + size] for start in range(0, len(points), size)]
@@ -183,8 +184,8 @@ def _binned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, f
     ]
 
 
-def _line(label: str, tone: str, bins: list[tuple[float, float, float, float]], x: Scale, y: Scale) -> Line:
-    def path(pairs: list[tuple[float, float]]) -> str:
+def _line(label: str, tone: str, bins: list[tuple[Number, Number, Number, Number]], x: Scale, y: Scale) -> Line:
+    def path(pairs: list[tuple[Number, Number]]) -> str:
         return " ".join(f"{10 * x(step):g},{1000 - 10 * y(value):g}" for step, value in pairs)
 
     mean = [(step, value) for step, value, _, _ in bins]

@@ -8,7 +8,7 @@ from distill.evaluation import INDEX, STUDENT
 from distill.page import figures, words
 from distill.page.charts import TONES
 from distill.page.rendering import rendered
-from distill.page.words import Report, Score, known
+from distill.page.words import Report, Score, Speed, known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Entry:
     def kept(self, behind: str = "") -> dict[str, Score]:
         return words.kept(self.report, self.system + behind)
 
-    def speed(self) -> Mapping[str, float] | None:
+    def speed(self) -> Speed | None:
         return self.report.get("speed", {}).get(self.system)
 
 
@@ -50,7 +50,7 @@ def comparison(
         unlike=_unlike(entries),
         entries=[(tone, one.label, _about(one)) for one, tone in toned],
         columns=[f"{metric}, teacher’s index" if behind else metric for metric, behind in columns],
-        teacher=[words.score(_teacher(entries, metric)) if _teacher(entries, metric) else "" for metric, _ in columns],
+        teacher=[words.score(one) if (one := _teacher(entries, metric)) else "" for metric, _ in columns],
         table=[(tone, one.label, [_cell(one, *column, entries) for column in columns]) for one, tone in toned],
         retention=figures.share_bars("retention", "Share of the teacher’s score", _shares(toned)),
         fidelity=figures.fidelity_dots(
@@ -157,7 +157,7 @@ def _whole(entry: Entry) -> Mapping[str, Score]:
     return parts[0]["scores"] if parts else {}
 
 
-def _speeds(toned: Sequence[tuple[Entry, str]]) -> dict[str, tuple[str, Mapping[str, float]]]:
+def _speeds(toned: Sequence[tuple[Entry, str]]) -> dict[str, tuple[str, Speed]]:
     """The teacher's, then each one's."""
     measured = {one.label: (tone, speed) for one, tone in toned if (speed := one.speed())}
     teacher = next((speed for one, _ in toned if (speed := one.report.get("speed", {}).get("teacher"))), None)

@@ -6,8 +6,8 @@ from typing import Any
 
 from distill.evaluation import INDEX, MIXED, START, STUDENT
 from distill.page import charts, words
-from distill.page.charts import Group, Lines, Matrices, Panel, Row, Rows, Scale
-from distill.page.words import Report, Score, known
+from distill.page.charts import Group, Lines, Matrices, Number, Panel, Row, Rows, Scale
+from distill.page.words import Report, Score, Speed, known
 
 LABELS = {
     STUDENT + INDEX: "student, teacher’s index",
@@ -137,7 +137,7 @@ def size(report: Report) -> Rows | None:
     return size_bars({name: (TONES[name], speeds[name]) for name in ("teacher", STUDENT)})
 
 
-def size_bars(systems: Mapping[str, tuple[str, Mapping[str, float]]]) -> Rows:
+def size_bars(systems: Mapping[str, tuple[str, Speed]]) -> Rows:
     """Parameters and texts a second: by label (tone, speed)."""
     groups = []
     for heading, key, show in (
@@ -183,15 +183,15 @@ def _dot_chart(name: str, title: str, rows: list[Row], scale: Scale) -> Rows | N
     )
 
 
-def _span(label: str, low: float, high: float) -> str:
+def _span(label: str, low: Number, high: Number) -> str:
     """A range by its ends, or one number where both read the same."""
     both = label.format(low, high)
     first, dash, second = both.partition("–")
     return f"{first} {second.partition(' ')[2]}".strip() if dash and first.split()[-1] == second.split()[0] else both
 
 
-def _panel(title: str, matrix: Sequence[Sequence[float | None]], low: float, high: float) -> Panel:
-    def cell(value: float | None) -> tuple[float, str]:
+def _panel(title: str, matrix: Sequence[Sequence[Number | None]], low: Number, high: Number) -> Panel:
+    def cell(value: Number | None) -> tuple[float, str]:
         if value is None or not math.isfinite(value):
             return 0.0, words.ABSENT
         return round((value - low) / max(high - low, 1e-9), 3), words.number(value, 2)

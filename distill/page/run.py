@@ -5,7 +5,7 @@ from typing import Any
 
 from distill.evaluation import INDEX, START, STUDENT
 from distill.page import figures, words
-from distill.page.charts import Matrices, Rows
+from distill.page.charts import Matrices, Number, Rows
 from distill.page.rendering import rendered
 from distill.page.words import Report, Score, known
 
@@ -103,7 +103,7 @@ def scores_table(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]
     return [name.replace("->", "→") for name in scores], table
 
 
-def _half(one: Score, factor: float, digits: int) -> str:
+def _half(one: Score, factor: Number, digits: int) -> str:
     return f"±{factor * (one['high'] - one['low']) / 2:.{digits}f}" if known(one) else ""  # type: ignore[operator]
 
 

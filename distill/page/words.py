@@ -7,18 +7,19 @@ from typing import Any
 from distill.evaluation import INDEX, START, STUDENT
 
 Report = Mapping[str, Any]
-Score = Mapping[str, float | None]
+Score = Mapping[str, int | float | None]
+Speed = Mapping[str, int | float]
 ABSENT, MINUS = "–", "−"
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: int | float | None, digits: int = 3) -> str:
     """Fixed digits for a share, one for what is no share, and a dash for what is no number."""
     if value is None or not math.isfinite(value):
         return ABSENT
     return f"{value + 0.0:,.{digits if abs(value) < 10 else 1}f}".replace("-", MINUS)
 
 
-def percent(value: float | None) -> str:
+def percent(value: int | float | None) -> str:
     return ABSENT if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
 
 
@@ -44,12 +45,12 @@ def signed(one: Score) -> str:
     return text.replace("-", MINUS)
 
 
-def times(ratio: float) -> str:
+def times(ratio: int | float) -> str:
     """How many times: 13.8, 353, 2,340."""
     return f"{ratio:.1f}" if ratio < 99.95 else f"{float(f'{ratio:.3g}'):,.0f}"
 
 
-def amount(count: float) -> str:
+def amount(count: int | float) -> str:
     """109M, 7.95M, 640k."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
@@ -57,7 +58,7 @@ def amount(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def seconds(value: float) -> str:
+def seconds(value: int | float) -> str:
     """48 s, 3 min 54 s, 1 h 20 min."""
     minutes, rest = divmod(round(value), 60)
     if minutes >= 60:
@@ -143,7 +144,7 @@ def _size_and_speed(report: Report) -> str:
     return f"with {size} and {speed}"
 
 
-def size_and_speed(speeds: Mapping[str, Mapping[str, float]], student: str) -> tuple[float, float] | None:
+def size_and_speed(speeds: Mapping[str, Speed], student: str) -> tuple[float, float] | None:
     """How many times fewer parameters than the teacher, and how many times its texts a second."""
     teacher, mine = speeds.get("teacher"), speeds.get(student)
     if not teacher or not mine:
@@ -170,7 +171,7 @@ def _spread(one: Score) -> str:
     return f" ({_whole(one['low'])} to {_whole(one['high'])} %)" if known(one) else ""
 
 
-def _whole(share: float | None) -> str:
+def _whole(share: int | float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.0f}"
 
 
