@@ -26,9 +26,7 @@ def cosine_similarity_matrix(
         return reduce(rearrange(rows, "b d -> b 1 d") * rearrange(columns, "n d -> 1 n d"), "b n d -> b n", "sum")
     if method != "matmul":
         raise ValueError(f'cosine_similarity_matrix knows method "matmul" and "broadcast", got {method!r}.')
-    dtype = torch.promote_types(rows.dtype, columns.dtype)
-    with torch.autocast(rows.device.type, enabled=False):  # it would multiply in 16 bits
-        return rows.to(dtype) @ columns.to(dtype).T
+    return _products(rows, columns)
 
 
 def pairwise_cosine(a: Float[Tensor, "b d"], b: Float[Tensor, "b d"]) -> Float[Tensor, "b"]:
@@ -79,26 +77,39 @@ def top_k_neighbours(
     """
     check_widths("top_k_neighbours", queries, corpus)
     _check_search(queries, corpus, k, exclude_self)
-    columns = normalize(corpus)
-    found = []
-    for start in range(0, len(queries), chunk or max(1, 2**24 // len(corpus))):
-        rows = queries[start : start + (chunk or max(1, 2**24 // len(corpus)))]
-        scores = cosine_similarity_matrix(rows, columns)
+    chunk = chunk or max(1, 2**24 // len(corpus))
+    unit, columns, found = normalize(queries), normalize(corpus), []
+    for start in range(0, len(queries), chunk):
+        scores = _products(unit[start : start + chunk], columns)
         if exclude_self:
             scores.diagonal(start).fill_(-torch.inf)
         found.append(_stable_top_k(scores, k))
     return torch.cat([scores for scores, _ in found]), torch.cat([indices for _, indices in found])
 
 
+def _products(rows: Float[Tensor, "b d"], columns: Float[Tensor, "n d"]) -> Float[Tensor, "b n"]:
+    dtype = torch.promote_types(rows.dtype, columns.dtype)
+    with torch.autocast(rows.device.type, enabled=False):  # it would multiply in 16 bits
+        return rows.to(dtype) @ columns.to(dtype).T
+
+
 def _stable_top_k(scores: Float[Tensor, "q n"], k: int) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
-    """torch.topk breaks ties as it likes: keep what beats the k-th score, then the first of those that equal it."""
-    last = scores.topk(k).values[:, -1:]
+    """torch.topk breaks ties as it likes: where the k-th score is followed by an equal one, the choice is made again."""
+    best, indices = scores.topk(min(k + 1, scores.shape[1]))
+    indices = indices[:, :k].sort(dim=-1).values
+    tied = (best[:, k - 1 : k] == best[:, k:]).any(-1)
+    if tied.any():
+        indices[tied] = _first_of_equals(scores[tied], best[tied, k - 1 : k], k)
+    ordered, order = scores.gather(1, indices).sort(dim=-1, descending=True, stable=True)
+    return ordered, indices.gather(1, order)
+
+
+def _first_of_equals(scores: Float[Tensor, "q n"], last: Float[Tensor, "q 1"], k: int) -> Int[Tensor, "q k"]:
+    """Rising indices of the scores above the k-th, `last`, and of the first of those that equal it."""
     above, level = scores > last, scores == last
     room = k - above.sum(-1, keepdim=True)
     keep = above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
-    indices = rearrange(keep.nonzero()[:, 1], "(q k) -> q k", k=k)
-    ordered, order = scores.gather(1, indices).sort(dim=-1, descending=True, stable=True)
-    return ordered, indices.gather(1, order)
+    return rearrange(keep.nonzero()[:, 1], "(q k) -> q k", k=k)
 
 
 def _check_search(queries: Tensor, corpus: Tensor, k: int, exclude_self: bool) -> None:

@@ -7,6 +7,7 @@ A difference has a 95 % interval and a p-value: means by sign flips, rank correl
 accelerate launch recipes/evaluate.py --models runs/mine/student other/model --texts held-out.jsonl
 """
 
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ class Recipe:
     limit: int | None = 2000
     """Of these texts, at most."""
     speed: bool = True
-    """Measure texts a second, the teacher's, too: a second or more a model."""
+    """Measure texts a second, the teacher's, too: half a second or more a model."""
     store: Path | None = None
     """Folder of the teacher's vectors; None: in the cache, by teacher."""
     output: Path = Path("runs/evaluate")
@@ -57,10 +58,12 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
+    began = time.monotonic()
     texts = load_texts(recipe.texts, column=recipe.column, limit=recipe.limit).texts if recipe.texts else []
     data = recipe.evaluation.load(texts)
     teacher = recipe.teacher.load()
     models = {name: Encoder.from_pretrained(name).to(distributed.device()) for name in recipe.models}
+    loaded = time.monotonic()
     alike = all(model.width == teacher.width for model in models.values())
     scores = evaluate(models, teacher, data, store=recipe.store, keep_index=alike, speed=recipe.speed)
     first, *others = recipe.models
@@ -78,6 +81,7 @@ def main(recipe: Recipe) -> None:
     for other, found in differences.items():
         lines = [f"\n  {metric}: {difference}" for metric, difference in found.items()]
         cli.say(f"\n{first} - {other}, paired:{''.join(lines)}")
+    cli.say(f"\nread in {loaded - began:.1f} s, scored in {time.monotonic() - loaded:.1f} s")
     cli.say(f"\nAll numbers are in {recipe.output / page.REPORT}, to look at in {recipe.output / page.PAGE}.")
     enforce(verdicts)
 

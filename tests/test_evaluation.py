@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from distill.evaluation import (
     retrieval,
     similarity_pairs,
 )
+from distill.evaluation.speed import FIRST, speeds
 from distill.metrics import Interval
 
 PROMPTS = {"query": "How do I find ", "document": "Interest rates: "}
@@ -334,6 +336,22 @@ def test_a_vector_that_is_not_finite_counts_as_nothing(
         {"student": students.keep_layers(teacher, 2)}, teacher, data, store=tmp_path / "store", speed=False
     )
     assert all(math.isfinite(score.interval.value) for score in scores.table["student"].values())
+
+
+def test_a_slow_model_is_measured_on_few_texts_of_all_lengths(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = Encoder.from_pretrained(tiny_bert), []
+
+    def slow(texts: list[str]) -> None:
+        seen.extend(texts)
+        time.sleep(0.02 * len(texts))
+
+    monkeypatch.setattr(model, "encode", slow)
+    texts = ["x" * (length * length) for length in torch.randperm(200).tolist()]
+    found = speeds({"slow": model}, texts, seconds=0.1)["slow"]
+    assert 0 < found["texts_per_second"] <= 50
+    assert len(seen) == 1 + FIRST
+    mean = sum(map(len, texts)) / 200
+    assert sum(map(len, seen[1:])) / FIRST == pytest.approx(mean, rel=0.15)
 
 
 def test_nothing_to_measure_is_an_empty_table(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from distill import metrics
 from distill.evaluation import Score, Scores, Slice, differences_json, fidelity, fidelity_slices, slice_table
+from distill.evaluation.fidelity import Reference
 from distill.evaluation.scores import mean_score, rank_score
 
 BY_ROW = ["cosine to teacher", "neighbour overlap@10", "overlap@10 in teacher's index"]
@@ -76,6 +77,17 @@ def test_the_whole_is_that_of_the_table(student: torch.Tensor, teacher: torch.Te
     table = fidelity(student, teacher)
     assert {name: whole[name].interval for name in table} == {name: score.interval for name, score in table.items()}
     assert whole.keys() - table.keys() == {"overlap@10 in teacher's index", "CKA", "effective rank"}
+
+
+def test_one_reference_serves_several_students(
+    student: torch.Tensor, teacher: torch.Tensor, lengths: torch.Tensor
+) -> None:
+    reference = Reference(teacher, lengths)
+    for vectors in (student, teacher[:, :5], student):
+        expected = fidelity_slices(vectors, teacher, token_counts=lengths)
+        assert [part.as_json() for part in reference.slices(vectors)] == [part.as_json() for part in expected]
+    with pytest.raises(ValueError, match="fidelity pairs row i"):
+        reference.slices(student[:50])
 
 
 def test_margins_are_the_teachers_and_neighbours_are_lost_where_they_are_small(

@@ -1,11 +1,20 @@
 """Paired differences: p-values that are what they say under no difference, and small under one."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from distill.metrics import Interval, paired_difference, resampled_difference, spearman
+from distill.metrics import (
+    Interval,
+    bootstrap_interval,
+    bootstrap_means,
+    paired_difference,
+    resampled_difference,
+    spearman,
+    spearman_counted,
+)
 
 
 def test_the_p_value_of_three_rows_is_that_of_all_sign_patterns() -> None:
@@ -14,6 +23,17 @@ def test_the_p_value_of_three_rows_is_that_of_all_sign_patterns() -> None:
     assert found.interval.value == 2
     mixed = paired_difference(torch.tensor([1.0, 2.0, -3.0]), torch.zeros(3))
     assert mixed.p_value == 1
+
+
+def test_signs_of_eight_rows_at_a_time_are_those_of_all_patterns() -> None:
+    """Of 11 rows, so that the last eight are not whole: against the 2048 ways to sign them."""
+    first, second = torch.randn(11) + 0.4, torch.randn(11)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=11)), dtype=torch.float64)
+    differences = first.double() - second.double()
+    exact = float(((signs @ differences).abs() >= differences.sum().abs() - 1e-9).double().mean())
+    assert 0.02 < exact < 0.9
+    found = paired_difference(first, second, flips=20_000).p_value
+    assert found == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 20_000))
 
 
 def test_systems_that_are_alike_have_a_uniform_p_value() -> None:
@@ -43,6 +63,33 @@ def test_the_same_values_differ_by_nothing() -> None:
     found = paired_difference(values, values)
     assert (found.p_value, found.interval) == (1.0, Interval(value=0.0, low=0.0, high=0.0))
     assert str(found) == "+0.000 [+0.000, +0.000], p = 1.0000"
+
+
+@pytest.mark.parametrize("levels", [4, 1000])
+def test_counted_rows_rank_as_drawn_ones(levels: int) -> None:
+    a = torch.randint(levels, (40,)).double()
+    b = a + torch.randint(levels, (40,))
+    draw = torch.randint(40, (30, 40))
+    counts = torch.stack([row.bincount(minlength=40) for row in draw]).double()
+    torch.testing.assert_close(spearman_counted(counts, a, b), spearman(a[draw], b[draw]), rtol=0, atol=1e-12)
+    a[7] = torch.nan
+    found, expected = spearman_counted(counts, a, b), spearman(a[draw], b[draw])
+    assert 0 < expected.isnan().sum() < 30
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, equal_nan=True)
+    assert spearman_counted(counts, torch.ones(40), b).isnan().all()
+
+
+def test_intervals_are_the_same_counted_and_drawn() -> None:
+    a, b = torch.randn(60), torch.randn(60)
+    drawn = bootstrap_interval(a, b, statistic=spearman)
+    counted = bootstrap_interval(a, b, statistic=spearman, counted=spearman_counted)
+    assert vars(counted) == pytest.approx(vars(drawn), abs=1e-12)
+    assert drawn.low < drawn.value < drawn.high
+    c = b.clone()
+    c[3] = torch.nan
+    for found, one in zip(bootstrap_means(a, b, c), (a, b, c), strict=True):
+        assert vars(found) == pytest.approx(vars(bootstrap_interval(one)), abs=1e-12, nan_ok=True)
+    assert bootstrap_interval(c).low < 0, "resamples without the row that is not a number"
 
 
 def rank_difference(a: torch.Tensor, b: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,16 @@ def test_ties_go_to_the_lower_index(k: int) -> None:
     assert torch.equal(indices, expected[:, :k])
 
 
+def test_rows_with_and_without_ties_at_the_last_place_stand_side_by_side() -> None:
+    corpus = torch.cat([torch.eye(4), torch.eye(4)[[1, 1, 2]]])
+    queries = torch.tensor([[4.0, 3, 2, 1], [1.0, 2, 3, 4], [1.0, 4, 3, 2]])
+    for k in range(1, 8):
+        scores, indices = top_k_neighbours(queries, corpus, k)
+        expected = cosine_similarity_matrix(queries, corpus).sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(indices, expected.indices[:, :k])
+        assert torch.equal(scores, expected.values[:, :k])
+
+
 def test_shapes_in_signatures_are_checked_in_tests() -> None:
     with pytest.raises(TypeCheckError):
         pairwise_cosine(torch.randn(2, 3), torch.randn(1, 3))

@@ -1,14 +1,16 @@
 """How faithful a student is to its teacher: the same texts in both spaces, without labels."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill import metrics
-from distill.evaluation.scores import Score, Slice, mean_score, rank_score
-from distill.similarity import normalize, pairwise_cosine
+from distill.evaluation.scores import Score, Slice, mean_scores, rank_score
+from distill.similarity import check_pairs, normalize, pairwise_cosine, top_k_neighbours
 
 HEADLINES = ("cosine to teacher", "neighbour overlap@10", "similarity spearman")  # of `fidelity`, at k = 10
 FURTHER = ("overlap@10 in teacher's index", "CKA", "effective rank")  # beside them in `fidelity_slices`
@@ -24,8 +26,8 @@ def fidelity(
     texts that both spaces agree on; similarity spearman: rank correlation of the cosines of n/2 disjoint random pairs.
     O(n^2 (d + e)).
     """
-    rows = _of_rows(student, teacher, k)
-    return {name: mean_score(rows[name]) for name in rows if is_headline(name)} | _of_pairs(student, teacher, seed)
+    rows = Reference(teacher, k=k).rows(student)
+    return mean_scores({name: rows[name] for name in rows if is_headline(name)}) | _of_pairs(student, teacher, seed)
 
 
 def fidelity_slices(
@@ -44,19 +46,7 @@ def fidelity_slices(
     Neighbours are sought among all texts, so that the means of a slicing, weighted by its texts, are those of all; rank
     correlation, CKA and rank are those of a slice's own texts. O(n^2 (d + e) + n (d + e)^2).
     """
-    rows = _of_rows(student, teacher, k)
-    slices = [("all", 0.0, 0.0, torch.arange(len(student)))]
-    if token_counts is not None:
-        slices += [("tokens", *part) for part in _quarters(token_counts.double())]
-    if len(teacher) > k:
-        slices += [("margin", *part) for part in _quarters(metrics.neighbour_margin(teacher, k).double())]
-    found = []
-    for by, low, high, chosen in slices:
-        scores = {name: mean_score(values[chosen]) for name, values in rows.items()}
-        mine, theirs = student[chosen], teacher[chosen]
-        scores |= _of_pairs(mine, theirs, seed) | _cka(mine, theirs) | _rank(mine)
-        found.append(Slice(by=by, low=low, high=high, texts=len(chosen), scores=scores, teacher=_rank(theirs)))
-    return found
+    return Reference(teacher, token_counts, k=k).slices(student, seed=seed)
 
 
 def is_headline(metric: str) -> bool:
@@ -64,17 +54,59 @@ def is_headline(metric: str) -> bool:
     return metric.startswith(("cosine to teacher", "neighbour overlap@", "similarity spearman"))
 
 
-def _of_rows(student: Tensor, teacher: Tensor, k: int) -> dict[str, Float[Tensor, " n"]]:
-    """What each text has a number of its own for."""
-    values: dict[str, Float[Tensor, " n"]] = {}
-    alike = student.shape[1] == teacher.shape[1]
-    if alike:
-        values["cosine to teacher"] = pairwise_cosine(student, teacher)
-    if len(student) > k:
-        values[f"neighbour overlap@{k}"] = metrics.neighbour_overlap(student, teacher, k)
-    if alike and len(student) > k:
-        values[f"overlap@{k} in teacher's index"] = metrics.index_overlap(student, teacher, k)
-    return values
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The teacher's vectors of some texts, and what they say without any student: computed once, for all that are compared."""
+
+    vectors: Float[Tensor, "n e"]
+    token_counts: Int[Tensor, " n"] | None = None
+    k: int = 10
+
+    def slices(self, student: Float[Tensor, "n d"], *, seed: int = 0) -> list[Slice]:
+        """`fidelity_slices` of a student."""
+        rows, found = self.rows(student), []
+        for (by, low, high, chosen), rank in zip(self._parts, self._ranks, strict=True):
+            mine, theirs = student[chosen], self.vectors[chosen]
+            by_row = {name: values[chosen] for name, values in rows.items()}
+            means = mean_scores(by_row | _cka(mine, theirs) | _rank(mine))
+            scores = {name: means[name] for name in rows} | _of_pairs(mine, theirs, seed) | means
+            found.append(Slice(by=by, low=low, high=high, texts=len(chosen), scores=scores, teacher=rank))
+        return found
+
+    def rows(self, student: Float[Tensor, "n d"]) -> dict[str, Float[Tensor, " n"]]:
+        """What each text has a number of its own for."""
+        check_pairs("fidelity", student, self.vectors)
+        values: dict[str, Float[Tensor, " n"]] = {}
+        alike, enough = student.shape[1] == self.vectors.shape[1], len(student) > self.k
+        if alike:
+            values["cosine to teacher"] = pairwise_cosine(student, self.vectors)
+        if enough:
+            _, near = top_k_neighbours(student, student, self.k, exclude_self=True)
+            values[f"neighbour overlap@{self.k}"] = metrics.shared(near, self._neighbours[1])
+        if alike and enough:
+            _, near = top_k_neighbours(student, self.vectors, self.k, exclude_self=True)
+            values[f"overlap@{self.k} in teacher's index"] = metrics.shared(near, self._neighbours[1])
+        return values
+
+    @cached_property
+    def _neighbours(self) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        return top_k_neighbours(self.vectors, self.vectors, self.k, exclude_self=True)
+
+    @cached_property
+    def _parts(self) -> list[tuple[str, float, float, Int[Tensor, " m"]]]:
+        """What the texts of a slice have in common, between which bounds, and their numbers."""
+        parts = [("all", 0.0, 0.0, torch.arange(len(self.vectors)))]
+        if self.token_counts is not None:
+            parts += [("tokens", *part) for part in _quarters(self.token_counts.double())]
+        if len(self.vectors) > self.k:
+            nearest = self._neighbours[0]
+            parts += [("margin", *part) for part in _quarters((nearest[:, 0] - nearest[:, -1]).double())]
+        return parts
+
+    @cached_property
+    def _ranks(self) -> list[dict[str, Score]]:
+        """The teacher's own effective rank in each slice."""
+        return [mean_scores(_rank(self.vectors[chosen])) for *_, chosen in self._parts]
 
 
 def _of_pairs(student: Tensor, teacher: Tensor, seed: int) -> dict[str, Score]:
@@ -87,13 +119,12 @@ def _of_pairs(student: Tensor, teacher: Tensor, seed: int) -> dict[str, Score]:
     return {"similarity spearman": rank_score(*cosines)}
 
 
-def _cka(student: Tensor, teacher: Tensor) -> dict[str, Score]:
-    return {"CKA": mean_score(metrics.linear_cka_rows(student, teacher))} if len(student) >= FEWEST else {}
+def _cka(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    return {"CKA": metrics.linear_cka_rows(student, teacher)} if len(student) >= FEWEST else {}
 
 
-def _rank(vectors: Tensor) -> dict[str, Score]:
-    enough = len(vectors) >= FEWEST
-    return {"effective rank": mean_score(metrics.effective_rank_rows(normalize(vectors)))} if enough else {}
+def _rank(vectors: Tensor) -> dict[str, Tensor]:
+    return {"effective rank": metrics.effective_rank_rows(normalize(vectors))} if len(vectors) >= FEWEST else {}
 
 
 def _quarters(values: Float[Tensor, " n"]) -> Iterator[tuple[float, float, Int[Tensor, " m"]]]:

@@ -14,9 +14,11 @@ from distill.metrics import (
     Difference,
     Interval,
     bootstrap_interval,
+    bootstrap_means,
     paired_difference,
     resampled_difference,
     spearman,
+    spearman_counted,
 )
 
 STUDENT, START = "student", "untrained start"  # what a training run scores
@@ -92,7 +94,7 @@ class Scores:
             return paired_difference(one.values, two.values)
         if one.ranked is None or two.ranked is None:
             raise ValueError(f"{metric} is no mean over rows, nor a rank correlation; there is no paired difference.")
-        return resampled_difference(*one.ranked, *two.ranked, statistic=_rank_difference)
+        return resampled_difference(*one.ranked, *two.ranked, statistic=_rank_difference, counted=_counted_difference)
 
     def differences(self, first: str, second: str) -> dict[str, Difference]:
         """`compare` on every metric that both were scored on, row by row."""
@@ -166,14 +168,20 @@ def retention_json(scores: Scores) -> dict[str, Any]:
 
 
 def mean_score(values: Float[Tensor, " n"]) -> Score:
-    values = values.double()
-    return Score(bootstrap_interval(values), values)
+    return mean_scores({"": values})[""]
+
+
+def mean_scores(values: Mapping[str, Float[Tensor, " n"]]) -> dict[str, Score]:
+    """The mean of each of several numbers of the same rows."""
+    exact = {name: some.double() for name, some in values.items()}
+    intervals = bootstrap_means(*exact.values()) if exact else []
+    return {name: Score(one, exact[name]) for name, one in zip(exact, intervals, strict=True)}
 
 
 def rank_score(values: Float[Tensor, " n"], reference: Float[Tensor, " n"]) -> Score:
     """Spearman's correlation of two lists."""
     ranked = values.double(), reference.double()
-    return Score(bootstrap_interval(*ranked, statistic=spearman), ranked=ranked)
+    return Score(bootstrap_interval(*ranked, statistic=spearman, counted=spearman_counted), ranked=ranked)
 
 
 _SPEED_CELLS: dict[str, Callable[[dict[str, int | float]], str]] = {
@@ -192,6 +200,12 @@ def _mean_share(first: Tensor, second: Tensor) -> Tensor:
 
 def _rank_share(first: Tensor, first_reference: Tensor, second: Tensor, second_reference: Tensor) -> Tensor:
     return spearman(first, first_reference) / spearman(second, second_reference)
+
+
+def _counted_difference(
+    counts: Tensor, first: Tensor, first_reference: Tensor, second: Tensor, second_reference: Tensor
+) -> Tensor:
+    return spearman_counted(counts, first, first_reference) - spearman_counted(counts, second, second_reference)
 
 
 def _by_rows(score: Score) -> bool:

@@ -5,19 +5,29 @@ from collections.abc import Mapping, Sequence
 
 from distill import distributed
 from distill.encoder import Encoder
+from distill.students.summary import stored_bytes
+
+FIRST, LARGEST = 8, 2048  # texts at a time
+GOLDEN = 0.618033988749895  # its multiples, less their whole part, fill 0..1 evenly from the first few on
 
 
 def speeds(
-    encoders: Mapping[str, Encoder], texts: Sequence[str], seconds: float = 1.0
+    encoders: Mapping[str, Encoder], texts: Sequence[str], seconds: float = 0.5
 ) -> dict[str, dict[str, int | float]]:
-    """Parameters, bytes, and texts a second of one process, measured on the evaluation's own texts, after a warm-up."""
+    """Parameters, bytes as stored, and texts a second of one process, measured on the evaluation's own texts, after a warm-up.
+
+    For about `seconds` each, in batches that grow; none is begun that would take much longer than what is left. All
+    encoders take the texts in one order, in which the first few are as long as all are: a slow one reads no more than those.
+    """
+    by_length = sorted(texts, key=len)
+    mixed = [by_length[int((place + 0.5) * GOLDEN % 1 * len(texts))] for place in range(len(texts))]
     rates = {
-        name: _rate(encoder, texts, seconds) if distributed.is_main() else 0.0 for name, encoder in encoders.items()
+        name: _rate(encoder, mixed, seconds) if distributed.is_main() else 0.0 for name, encoder in encoders.items()
     }
     return {
         name: {
             "parameters": encoder.parameter_count,
-            "bytes": 4 * encoder.parameter_count,
+            "bytes": stored_bytes(encoder),
             "texts_per_second": distributed.agree(rates[name]),
         }
         for name, encoder in encoders.items()
@@ -25,10 +35,11 @@ def speeds(
 
 
 def _rate(encoder: Encoder, texts: Sequence[str], seconds: float) -> float:
-    size, done = 8, 0
-    encoder.encode(texts[:size])
-    began = time.perf_counter()
-    while (spent := time.perf_counter() - began) < seconds:
+    encoder.encode(texts[:1])
+    size, done, began = FIRST, 0, time.perf_counter()
+    while size:
         encoder.encode([texts[(done + i) % len(texts)] for i in range(size)])
-        done, size = done + size, min(2 * size, 2048)
+        done, spent = done + size, time.perf_counter() - began
+        left = int(done / spent * (seconds - spent))
+        size = min(2 * size, LARGEST, left) if 4 * left > size else 0
     return done / spent

@@ -15,7 +15,7 @@ from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import DataError, RecipeError
 from distill.evaluation.closeup import Closeup, closeup
-from distill.evaluation.fidelity import fidelity_slices, is_headline
+from distill.evaluation.fidelity import Reference, is_headline
 from distill.evaluation.scores import INDEX, MIXED, Score, Scores, Slice
 from distill.evaluation.speed import speeds
 from distill.evaluation.tasks import centroid_accuracy, judged, mixed_index, retrieval, similarity_pairs
@@ -71,13 +71,17 @@ def evaluate(
     if "teacher" in students or any(" -> " in name for name in students):
         raise RecipeError(f'a student is not named "teacher" nor with an arrow, got {", ".join(students)}.')
     reader = _stored(teacher, store)
+    texts = list(dict.fromkeys(data.texts))
+    reference = _reference(texts, reader, teacher, data.role) if texts else None
     table = {"teacher": _labels_scores(reader, data) | _retrieval_scores(reader, [reader], data)}
     slices: dict[str, list[Slice]] = {}
     closeups: dict[str, Closeup] = {}
     for name, student in students.items():
         encode = _once(partial(encode_everywhere, student.to(distributed.device()), progress="student vectors"))
-        if data.texts:
-            slices[name], closeups[name] = _fidelity(encode, reader, teacher, data)
+        if reference:
+            mine = encode(texts, role=data.role)
+            slices[name] = reference.slices(mine)
+            closeups[name] = closeup(texts, mine, reader(texts, role=data.role))
         table[name] = (
             _headlines(slices.get(name, [])) | _labels_scores(encode, data) | _retrieval_scores(encode, [encode], data)
         )
@@ -108,11 +112,9 @@ def encode_everywhere(
     return distributed.gather_rows(mine.to(encoder.device)).cpu()
 
 
-def _fidelity(student: Encode, teacher: Encode, model: Encoder, data: EvaluationData) -> tuple[list[Slice], Closeup]:
-    texts = list(dict.fromkeys(data.texts))
-    lengths = model.tokenize(texts, prompt=model.prompt(data.role)).tokens.lengths
-    mine, theirs = student(texts, role=data.role), teacher(texts, role=data.role)
-    return fidelity_slices(mine, theirs, token_counts=lengths), closeup(texts, mine, theirs)
+def _reference(texts: Sequence[str], encode: Encode, teacher: Encoder, role: str | None) -> Reference:
+    lengths = teacher.tokenize(texts, prompt=teacher.prompt(role)).tokens.lengths
+    return Reference(encode(texts, role=role), lengths)
 
 
 def _headlines(slices: Sequence[Slice]) -> dict[str, Score]:

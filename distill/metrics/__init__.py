@@ -5,11 +5,12 @@ from distill.metrics.intervals import (
     Difference,
     Interval,
     bootstrap_interval,
+    bootstrap_means,
     mean,
     paired_difference,
     resampled_difference,
 )
-from distill.metrics.ranks import QueryScores, ndcg_at_k, recall_at_k, spearman
+from distill.metrics.ranks import QueryScores, ndcg_at_k, recall_at_k, spearman, spearman_counted
 from distill.metrics.spaces import (
     effective_rank,
     effective_rank_rows,
@@ -18,6 +19,7 @@ from distill.metrics.spaces import (
     linear_cka_rows,
     neighbour_margin,
     neighbour_overlap,
+    shared,
 )
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "accuracy",
     "accuracy_counts",
     "bootstrap_interval",
+    "bootstrap_means",
     "effective_rank",
     "effective_rank_rows",
     "index_overlap",
@@ -40,5 +43,7 @@ __all__ = [
     "paired_difference",
     "recall_at_k",
     "resampled_difference",
+    "shared",
     "spearman",
+    "spearman_counted",
 ]

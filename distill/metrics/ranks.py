@@ -23,6 +23,29 @@ def spearman(a: Float[Tensor, "*samples n"], b: Float[Tensor, "*samples n"]) -> 
     return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
 
 
+def spearman_counted(
+    counts: Float[Tensor, "*samples n"], a: Float[Tensor, " n"], b: Float[Tensor, " n"]
+) -> Float[Tensor, "*samples"]:
+    """`spearman` of rows that stand `counts` times each, as in a bootstrap: only a and b are sorted, once. O(n) a sample.
+
+    Equals spearman(a[drawn], b[drawn]) where `drawn` names row i counts[i] times, but for rounding.
+    """
+    lost = a.isnan() | b.isnan()
+    x, y = (_counted_ranks(counts, values).masked_fill_(lost, 0.0) for values in (a, b))
+    weighted = counts * x
+    product, own = (weighted * y).sum(-1), weighted.mul_(x).sum(-1)
+    found = product / (own * torch.mul(counts, y, out=weighted).mul_(y).sum(-1)).sqrt()
+    return found.masked_fill((counts * lost).sum(-1) > 0, torch.nan)
+
+
+def _counted_ranks(counts: Float[Tensor, "*samples n"], values: Float[Tensor, " n"]) -> Float[Tensor, "*samples n"]:
+    """Mean ranks of rows that stand `counts` times, less the mean of all."""
+    levels, place = values.unique(return_inverse=True)  # sorted; of all NaN each is a level of its own, the last ones
+    of_level = torch.zeros(*counts.shape[:-1], len(levels), dtype=torch.float64).index_add_(-1, place, counts.double())
+    up_to = of_level.cumsum(-1)
+    return (up_to - of_level / 2 - up_to[..., -1:] / 2)[..., place]
+
+
 def _mean_ranks(values: Float[Tensor, "*samples n"]) -> Float[Tensor, "*samples n"]:
     ordered = values.sort(-1).values
     below = torch.searchsorted(ordered, values.contiguous())

@@ -26,7 +26,7 @@ def neighbour_overlap(
     """
     check_pairs("neighbour_overlap", a_vectors, b_vectors)
     (_, a), (_, b) = (top_k_neighbours(rows, rows, k, exclude_self=True) for rows in (a_vectors, b_vectors))
-    return _shared(a, b)
+    return shared(a, b)
 
 
 def index_overlap(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"], k: int = 10) -> Float[Tensor, "n"]:
@@ -38,13 +38,18 @@ def index_overlap(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"], 
     check_pairs("index_overlap", student, teacher)
     check_widths("index_overlap", student, teacher)
     (_, a), (_, b) = (top_k_neighbours(rows, teacher, k, exclude_self=True) for rows in (student, teacher))
-    return _shared(a, b)
+    return shared(a, b)
 
 
 def neighbour_margin(vectors: Float[Tensor, "n d"], k: int = 10) -> Float[Tensor, "n"]:
     """The cosine of each row's nearest other row less that of its k-th: near 0 in a crowd, whose order is hard to keep."""
     scores, _ = top_k_neighbours(vectors, vectors, k, exclude_self=True)
     return scores[:, 0] - scores[:, -1]
+
+
+def shared(a: Int[Tensor, "n k"], b: Int[Tensor, "n k"]) -> Float[Tensor, "n"]:
+    """The share of each row of a that stands in the same row of b: of indices, as `top_k_neighbours` gives them."""
+    return (rearrange(a, "n k -> n k 1") == rearrange(b, "n k -> n 1 k")).any(-1).float().mean(-1)
 
 
 def linear_cka(a: Float[Tensor, "n d"], b: Float[Tensor, "n e"]) -> Float[Tensor, ""]:
@@ -93,10 +98,6 @@ def effective_rank_rows(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
     slopes = -(shares.log() + entropy) / (2 * singular * total)
     influence = (len(vectors) * loads - squares) @ slopes.masked_fill(squares == 0, 0.0)
     return entropy.exp() * (1 + influence)
-
-
-def _shared(a: Int[Tensor, "n k"], b: Int[Tensor, "n k"]) -> Float[Tensor, "n"]:
-    return (rearrange(a, "n k -> n k 1") == rearrange(b, "n k -> n 1 k")).any(-1).float().mean(-1)
 
 
 def _centred(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
