@@ -118,7 +118,7 @@ def _parse(recipe_type: type[Recipe], arguments: list[str], description: str, de
         with redirect_stderr(shown), redirect_stdout(told):
             # One form of each flag: no --no-resume beside --resume, no {None} in front of each type.
             config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-            start = {} if default is None else {"default": default}
+            start: dict[str, Any] = {} if default is None else {"default": default}
             return tyro.cli(recipe_type, args=arguments, description=description, config=config, **start)
     except SystemExit as stop:
         if error := _recipe_error(stop):

@@ -1,12 +1,12 @@
 """Templates to text: everything is escaped but what the templates themselves say."""
 
+import importlib.metadata
 import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from distill import __version__
 from distill.page import words
 from distill.page.charts import Matrices, Rows
 
@@ -27,7 +27,8 @@ def rendered(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": words.number, "interval": words.interval, "score": words.score}
-    text = environment.get_template(template).render(foot=f"Written by distill {__version__}.", **values)
+    foot = f"Written by distill {importlib.metadata.version('distill')}."
+    text = environment.get_template(template).render(foot=foot, **values)
     return FORBIDDEN.sub("\ufffd", text)
 
 
