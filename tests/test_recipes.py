@@ -46,7 +46,8 @@ SMALL = {
     },
     "match_embeddings": {
         "static": TEXTS
-        + " --evaluation.sts {sts} --evaluation.classify-train {labelled} --evaluation.classify-test {labelled}",
+        + " --evaluation.sts {sts} --evaluation.classify-train {labelled} --evaluation.classify-test {labelled}"
+        " --gate overlap@10>=0 --gate accuracy>=0",
     },
     "match_similarities": {
         "static": TEXTS + " --train.bank-size 24 --student.width 8",
@@ -67,7 +68,7 @@ SMALL = {
     },
     "evaluate": {
         "all": "--models {bert} {mpnet} --teacher.name {bert} --texts {texts} --evaluation.sts {sts} "
-        "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}"
+        "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels} --gate cosine>=0.99 cka>=0.99"
     },
     "classify": {"all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --steps 20 --shots 8"},
     "bench_losses": {
@@ -307,6 +308,25 @@ BAD = {
         2,
         ["--student.name"],
     ),
+    "no such score": (
+        "match_embeddings",
+        "--data x --gate overlap@5>=0.6",
+        2,
+        ["no score 'overlap@5'", "Did you mean"],
+    ),
+    "no labels to gate": ("match_similarities", "--data x --gate ndcg@10>=0.6", 2, ["There are: cosine to teacher"]),
+    "no system to gate": (
+        "evaluate",
+        "--models {bert} --texts {texts} --gate start:cka>=0.6",
+        2,
+        ["--gate knows no system 'start'"],
+    ),
+    "missed": (
+        "match_embeddings",
+        "--data {texts} --teacher.name {bert} --train.steps 2 --gate cosine<2 overlap@10>=2",
+        7,
+        ["1 of 2 gates missed: overlap@10>=2. Everything is written."],
+    ),
     "null row": ("match_embeddings", "--data {null}", 3, ["null.jsonl, line 2, column 'text'", "null"]),
     "number row": ("match_embeddings", "--data {number}", 3, ["number.jsonl, line 2, column 'text'", "3.5"]),
     "nan row": ("match_embeddings", "--data {nan}", 3, ["nan.jsonl, line 2, column 'text'", "NaN"]),
@@ -421,7 +441,7 @@ def test_help_fits_two_screens(session: Session, recipe: str) -> None:
 def test_a_run_leaves_a_complete_folder(session: Session, recipe: str, variant: str, processes: str) -> None:
     ran = session(f"{recipe}-{variant}-{processes}").all_is_well()
     found = {"temperature.json"} if variant == "auto" else set()
-    assert {"recipe.json", "metrics.jsonl", "report.json", "checkpoints", "student"} | found == {
+    assert {"recipe.json", "metrics.jsonl", "report.json", "report.html", "checkpoints", "student"} | found == {
         path.name for path in ran.output.iterdir()
     }
     steps = [entry["step"] for entry in ran.metrics()]
@@ -433,6 +453,8 @@ def test_a_run_leaves_a_complete_folder(session: Session, recipe: str, variant: 
     assert report["command"].startswith("python" if processes == "one" else "torchrun --nproc-per-node 2")
     assert "keeps of the teacher's scores" in ran.out or recipe == "match_similarities"
     assert ran.out.count("SentenceTransformer(") == 1  # the main process alone speaks
+    page = (ran.output / "report.html").read_text(encoding="utf-8")
+    assert all(f'id="figure-{name}"' in page for name in ("fidelity", "matrix", "loss", "rate", "size")), page
     table = ran.out[ran.out.index("  teacher") : ran.out.index("The student is in")]
     assert all(len(line) <= 120 for line in table.splitlines()), table
 
@@ -514,6 +536,34 @@ def test_evaluate_prints_fidelity_in_full_and_a_p_value_for_each_difference(sess
     assert (
         f"  cosine to teacher: {cosine['value']:+.3f} [{cosine['low']:+.3f}, {cosine['high']:+.3f}], p = 0.0001"
         in ran.out
+    )
+
+
+def test_gates_are_judged_last_and_told_in_a_line_each(session: Session) -> None:
+    passed = session("match_embeddings-static-two").all_is_well()
+    assert passed.out.count("\ngate ") == 2
+    assert re.search(r"gate overlap@10>=0: passed, student: neighbour overlap@10 is 0\.\d+ \[", passed.out)
+    missed = session("missed")
+    assert [line.split(": ")[1][:6] for line in missed.out.splitlines() if line.startswith("gate ")] == [
+        "passed",
+        "MISSED",
+    ]
+    assert {"report.json", "report.html", "student"} <= {path.name for path in missed.output.iterdir()}
+    assert [gate["passed"] for gate in missed.json("report.json")["gates"]] == [True, False]
+
+
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_evaluate_leaves_a_page_of_its_models(session: Session, processes: str) -> None:
+    ran = session(f"evaluate-all-{processes}").all_is_well()
+    page = (ran.output / "report.html").read_text(encoding="utf-8")
+    assert "2 models on the same data" in page
+    assert all(f'id="figure-{name}"' in page for name in ("retention", "fidelity", "size"))
+    assert "passed" in page
+    assert ran.out.count("gate ") == 2
+    again = session.shell([*PYTHON, "-m", "distill.report", str(ran.output)], ran.output).all_is_well()
+    assert (again.out.strip(), (ran.output / "report.html").read_text(encoding="utf-8")) == (
+        str(ran.output / "report.html"),
+        page,
     )
 
 
