@@ -22,6 +22,7 @@ from distill.modules import Dense, Normalize, Pooling, StaticTable, TransformerB
 from distill.quantized import INT8_MODULE, TableFormat, read_table, stored, table_tensors
 
 UNLIMITED = 10**9  # max_length of a static table: it has no positions to run out of
+_ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}  # AutoModel adds the decoder
 _LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -222,7 +223,8 @@ def _read_transformer(folder: Path, pooling_folder: Path | None, options: dict[s
     settings = _read_json(folder / "sentence_bert_config.json", {})
     tokenizer, model = _load_transformer(folder)
     config = model.config
-    if config.is_encoder_decoder or not isinstance(getattr(config, "hidden_size", None), int):
+    two_halves = config.is_encoder_decoder and type(model).__name__ not in _ENCODERS.values()
+    if two_halves or not isinstance(getattr(config, "hidden_size", None), int):
         raise RecipeError(f"{folder} holds a {type(model).__name__}; expected an encoder or a decoder of texts alone.")
     config.use_cache = False  # of keys and values, for a text that goes on: never here
     positions = getattr(config, "max_position_embeddings", None)
@@ -241,15 +243,16 @@ def _read_transformer(folder: Path, pooling_folder: Path | None, options: dict[s
 
 
 def _load_transformer(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoTokenizer
+    import transformers
 
-    if not _read_json(folder / "config.json", {}):
+    config = _read_json(folder / "config.json", {})
+    if not config:
         raise IntegrityError(f"{folder}/config.json is missing or empty. Fetch the model again.")
     safe = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
-            model, report = AutoModel.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
+            model, report = getattr(transformers, _ENCODERS.get(config.get("model_type"), "AutoModel")).from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
             )
     except (SafetensorError, OSError) as error:

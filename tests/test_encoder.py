@@ -324,12 +324,40 @@ def test_code_in_a_folder_is_never_run(copy_of: Callable[..., Path], tiny_bert: 
 
 
 def test_a_model_with_two_halves_is_refused(tmp_path: Path) -> None:
-    from transformers import T5Config, T5Model
+    from transformers import BartConfig, BartModel
 
     tokenizer = tiny.wordpiece()
-    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(RecipeError, match="holds a T5Model; expected an encoder"):
-        Encoder.from_pretrained(tiny.save(tmp_path / "t5", T5Model(config), tokenizer))
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=len(tokenizer), **sizes, **heads)
+    with pytest.raises(RecipeError, match="holds a BartModel; expected an encoder"):
+        Encoder.from_pretrained(tiny.save(tmp_path / "bart", BartModel(config), tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["T5", "MT5", "UMT5"])
+@pytest.mark.parametrize("whole", [True, False], ids=["with a decoder", "encoder alone"])
+def test_the_encoder_of_a_t5_folder_is_the_one_that_sentence_transformers_runs(
+    tmp_path: Path, kind: str, whole: bool
+) -> None:
+    """As sentence-t5: encoder, mean, Dense without bias and activation, Normalize; written by sentence-transformers itself."""
+    import transformers
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+
+    folder, written = tiny.t5(tmp_path / "bare", kind=kind, whole=whole), tmp_path / "written"
+    layers = [Transformer(str(folder), max_seq_length=20), Pooling(tiny.WIDTH)]
+    layers += [Dense(tiny.WIDTH, 24, bias=False, activation_function=torch.nn.Identity()), Normalize()]
+    original = SentenceTransformer(modules=layers, device="cpu")
+    original.save(str(written))
+    ours = Encoder.from_pretrained(written)
+    assert type(ours.backbone.model) is getattr(transformers, f"{kind}EncoderModel")
+    assert (ours.width, ours.max_length) == (24, 20)
+    assert gap(ours.encode(TEXTS), original.encode(TEXTS, convert_to_tensor=True)) <= TOLERANCE
+    ours.save_pretrained(tmp_path / "again")
+    again = Encoder.from_pretrained(tmp_path / "again")
+    assert again.fingerprint() == ours.fingerprint()
+    reread = theirs(tmp_path / "again").encode(TEXTS, convert_to_tensor=True)
+    assert gap(reread, ours.encode(TEXTS)) <= TOLERANCE
 
 
 def test_a_prompt_left_out_of_the_pooling_is_refused(copy_of: Callable[..., Path], tiny_model: Any) -> None:

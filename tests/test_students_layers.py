@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_students import TEXTS, gap, is_the_same_model_when_saved, phrases, their_vectors
+from test_students import TEXTS, gap, is_the_same_model_when_saved, phrases
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -135,9 +135,7 @@ def test_a_student_is_the_teacher_without_the_other_layers(
     assert teacher.fingerprint() == before[0]
     assert torch.equal(teacher.encode(TEXTS), before[1])
     student.save_pretrained(tmp_path / "student")
-    assert gap(their_vectors(tmp_path / "student", TEXTS), student.encode(TEXTS)) <= 1e-5
-    if make is not t5:  # which distill's own reader takes for an encoder with a decoder
-        is_the_same_model_when_saved(student, tmp_path / "again")
+    is_the_same_model_when_saved(student, tmp_path / "again")
 
 
 def test_sliding_windows_follow_their_layers() -> None:

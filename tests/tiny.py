@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -103,6 +104,16 @@ def albert(folder: Path, *, layers: int = 4, **options: Any) -> Path:
         **_sizes(tokenizer, layers), embedding_size=16, intermediate_size=WIDTH, max_position_embeddings=MAX_LENGTH
     )
     return save(folder, _random(AlbertModel, config), tokenizer, **options)
+
+
+def t5(folder: Path, *, layers: int = 3, kind: str = "T5", whole: bool = False, **options: Any) -> Path:
+    """An encoder whose layers share a position bias (of UMT5: each has its own); `whole`: with the decoder it was trained with."""
+    tokenizer = wordpiece()
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, num_heads=4, d_ff=2 * WIDTH, num_layers=layers, pad_token_id=0
+    )
+    model = getattr(transformers, f"{kind}{'' if whole else 'Encoder'}Model")
+    return save(folder, _random(model, config), tokenizer, **options)
 
 
 def save(
