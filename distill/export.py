@@ -58,6 +58,7 @@ def export(
     path = Path(path)
     cost = _cost(student)
     record = provenance.as_json() | (scores.as_json() if scores else {}) | ({"table": cost.as_json()} if cost else {})
+    files.recover(path)
     with files.published_folder(path) as temporary:
         folder.write(student.parts(), temporary)
         if provenance.space and provenance.space.directions is not None:

@@ -1,9 +1,11 @@
 """Files that appear whole or not at all: write beside, flush to the disk, rename."""
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +23,9 @@ def published_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _publish_mode(temporary)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -32,25 +34,52 @@ def published_file(path: Path) -> Iterator[Path]:
 def published_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success every file in it is synced and the folder takes `path`'s place.
 
-    An existing folder at `path` is moved aside first and removed only after the new one stands; if that fails, it is put back.
+    An existing folder at `path` changes places with the new one and is removed then. Where the file system cannot exchange
+    two folders it is moved aside first, and put back if that fails; after a kill in between, the next call puts it back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _put_back(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     aside = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
         for item in [*temporary.rglob("*"), temporary]:
             _publish_mode(item)
-            _sync(item)
-        if path.exists():
-            os.rename(path, aside)
-        os.rename(temporary, path)
-        _sync(path.parent)
+            sync(item)
+        if not (path.is_dir() and exchange(temporary, path)):
+            if path.exists():
+                os.rename(path, aside)
+            os.rename(temporary, path)
+        sync(path.parent)
     finally:
         if aside.exists() and not path.exists():
             os.rename(aside, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places, at once. False where the system cannot do that, and nothing has changed."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            return libc.renamex_np(os.fsencode(one), os.fsencode(other), 2) == 0  # RENAME_SWAP
+        return libc.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
+    except (AttributeError, OSError, TypeError):  # a libc without it, or none
+        return False
+
+
+def recover(path: Path) -> None:
+    """Mend what killed writers of a folder left: put back what was moved aside, delete what is unfinished. Nobody may be writing there."""
+    _put_back(path)
+    remove_unfinished(path.parent, path.name)
+
+
+def _put_back(path: Path) -> None:
+    """A folder that a killed `published_folder` had moved aside, if nothing has taken its place."""
+    if not path.exists():
+        for aside in sorted(path.parent.glob(f".{path.name}.*.old"))[:1]:
+            os.rename(aside, path)
 
 
 def remove_folder(path: Path) -> None:
@@ -94,7 +123,8 @@ def _publish_mode(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See to it that what was written to a file, or which names a folder holds, outlives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

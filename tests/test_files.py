@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_a_failed_folder_leaves_the_folder_before(tmp_path: Path, error: type[Ba
     assert [*tmp_path.iterdir()] == [path]
 
 
-@pytest.mark.parametrize("failing", range(3))
+@pytest.mark.parametrize("failing", range(3))  # where two folders cannot be exchanged
 def test_every_rename_of_a_folder_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     path = tmp_path / "model"
     _publish(path, "old")
@@ -56,12 +57,36 @@ def test_every_rename_of_a_folder_may_fail(tmp_path: Path, monkeypatch: pytest.M
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", sometimes)
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
     if failing < 2:
         with pytest.raises(OSError, match="no"):
             _publish(path, "new")
     else:
         _publish(path, "new")
     assert (path / "a").read_text() == ("old" if failing < 2 else "new")
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_two_folders_change_places_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model"
+    _publish(path, "old")
+    monkeypatch.setattr(os, "rename", None)  # it is not needed
+    _publish(path, "new")
+    assert (path / "a").read_text() == "new"
+    assert [*tmp_path.iterdir()] == [path]
+    assert not files.exchange(path, tmp_path / "nothing")
+    assert (path / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("again", [files.recover, lambda path: _publish(path, "new")])
+def test_a_folder_that_a_killed_writer_moved_aside_is_put_back(tmp_path: Path, again: Callable[[Path], None]) -> None:
+    path = tmp_path / "model"
+    _publish(path, "old")
+    path.rename(tmp_path / ".model.abc.old")
+    (tmp_path / ".model.abc").mkdir()
+    again(path)
+    assert (path / "a").read_text() in ("old", "new")
+    files.recover(path)
     assert [*tmp_path.iterdir()] == [path]
 
 

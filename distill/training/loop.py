@@ -143,6 +143,7 @@ class _Loop:
             "lr": self.config.learning_rate * rate,
             "grad_norm": float(norm),
             "texts": len(rows),
+            "order": files.digest(rows.tobytes())[:8],
             "seconds": round(time.monotonic() - began, 4),
         }
 
@@ -211,6 +212,7 @@ class _Loop:
     def _save(self, step: int, last: dict[str, Any]) -> None:
         folder, state = self.output / "checkpoints", {"identity": self.identity, "last": last}
         keep, further = self.config.keep_checkpoints, self._kept()
+        distributed.main_first(partial(runlog.sync, self.output))
         checkpoint.save(folder, step, self.student, self.adamw, state, keep=keep, further=further)
 
     def _stopped(self, step: int, signals: list[list[int]]) -> Stopped:

@@ -22,10 +22,16 @@ def cut(output: Path, last: int) -> None:
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if last and path.exists() else []
         kept = [line for line in lines if _step(line) <= last]
+        files.remove_unfinished(output, NAME)
         with files.published_file(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     except OSError as error:
         raise ResourceError(f"{path} cannot be written: {error}. Name another --output.") from error
+
+
+def sync(output: Path) -> None:
+    """What is logged outlives a power cut: before a checkpoint stands, so that the log never ends before it."""
+    files.sync(output / NAME)
 
 
 @contextmanager
@@ -44,7 +50,9 @@ def opened(
             file.write(json.dumps(entry) + "\n")
             file.flush()
         if tracked:
-            numbers = {name: value for name, value in entry.items() if name != "step"}
+            numbers = {
+                name: value for name, value in entry.items() if name != "step" and isinstance(value, int | float)
+            }
             accelerator.log(numbers, step=entry["step"])
 
     try:
