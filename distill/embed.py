@@ -8,10 +8,12 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from distill.data import load_texts
 from distill.encoder import Encoder, Tokenized
 from distill.errors import DataError, DistillError, IntegrityError, NumericsError, RecipeError, ResourceError
 from distill.hub import cache_home
+from distill.identity import Compute, computing, computing_tokens, recognize
 from distill.modules import Tokens
 from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Format, Rows, Store, compression, packed, text_keys
 from distill.store.shards import JOB, MANIFEST, SAMPLE, SHARD_ROWS, Shard, read_manifest
@@ -48,8 +51,11 @@ class _Batch:
 
 def default_store(teacher: Encoder, store_as: str | None = None) -> Path:
     """Where a teacher's vectors lie when no folder is named: the cache, by teacher, fingerprint and format."""
-    fingerprint = sorted(teacher.fingerprint().items())
-    name = f"{Path(teacher.name).name}-{hashlib.sha256(repr(fingerprint).encode()).hexdigest()[:12]}"
+    return _place_of(teacher, teacher.fingerprint(), store_as)
+
+
+def _place_of(teacher: Encoder, fingerprint: dict[str, Any], store_as: str | None) -> Path:
+    name = f"{Path(teacher.name).name}-{hashlib.sha256(repr(sorted(fingerprint.items())).encode()).hexdigest()[:12]}"
     form = Format.parse(store_as or "float16")
     return cache_home() / "stores" / (f"{name}-{form}" if form.compressed else name)
 
@@ -74,12 +80,12 @@ def embed(
     To fit it, 16,384 of the texts are embedded before the others, once. RecipeError if the store that stands has another.
     `path=None` is `default_store(teacher)`. NumericsError if the teacher gives (nearly) the same vector for all texts.
     """
-    path = Path(path) if path is not None else distributed.main_first(partial(default_store, teacher, store_as))
     texts, prompt = list(dict.fromkeys(texts)), teacher.prompt(role)
+    keys, compute = text_keys(texts, prompt=prompt), computing(teacher, texts, role)
+    path = _place(path, teacher, keys, compute, store_as)
     if store_as and distributed.main_first(partial(_lacks_codec, path, store_as, teacher.width)):
         _make_compressed(path, store_as, texts, teacher, role, flush_seconds)
-    store = _prepare(path, teacher)
-    keys = text_keys(texts, prompt=prompt)
+    store = _prepare(path, teacher, keys, compute)
     if (store.find(keys) < 0).any():
         job = _Job(teacher, texts, keys, partial(teacher.tokenize, prompt=prompt), "teacher vectors", flush_seconds)
         store = job.run(path)
@@ -92,10 +98,10 @@ def embed_vocabulary(
 ) -> Float[Tensor, "v e"]:
     """The teacher's vector of each token of its vocabulary, alone between the special tokens; stored like texts, by id."""
     teacher.require_transformer()
-    path = Path(path) if path is not None else distributed.main_first(partial(default_store, teacher))
-    store = _prepare(path, teacher)
     names = [str(token) for token in range(len(teacher.tokenizer))]
-    keys = text_keys(names, kind="token")
+    keys, compute = text_keys(names, kind="token"), computing_tokens(teacher)
+    path = _place(path, teacher, keys, compute)
+    store = _prepare(path, teacher, keys, compute)
     if (store.find(keys) < 0).any():
         store = _Job(teacher, names, keys, partial(_single_tokens, teacher), "token vectors", flush_seconds).run(path)
     return store.take(store.find(keys))
@@ -124,7 +130,7 @@ def import_vectors(
     _refuse_foreign(texts, vectors, teacher, role, checked, least_cosine)
     keys = text_keys(texts, prompt=prompt)
     _, first = np.unique(keys, axis=0, return_index=True)
-    with _prepare(Path(path), teacher).lock():
+    with _prepare(Path(path), teacher, keys, computing(teacher, texts, role)).lock():
         store = Store.open(path)  # as it is now: another process may have written while this one waited
         new = np.sort(first[store.find(keys[first]) < 0])
         store.require_space(len(new))
@@ -158,15 +164,39 @@ def _refuse_foreign(
         )
 
 
-def _prepare(path: Path, teacher: Encoder) -> Store:
+def _place(
+    path: str | Path | None, teacher: Encoder, keys: np.ndarray, compute: Compute, store_as: str | None = None
+) -> Path:
+    """The folder that was named, or the teacher's own in the cache."""
+    return Path(path) if path is not None else distributed.main_first(partial(_own, teacher, keys, compute, store_as))
+
+
+def _own(teacher: Encoder, keys: np.ndarray, compute: Compute, store_as: str | None) -> Path:
+    """`default_store`; if there is none yet, one that another release's description of the teacher named."""
+    fingerprint = teacher.fingerprint()
+    own = _place_of(teacher, fingerprint, store_as)
+    if (own / MANIFEST).exists():
+        return own
+    form = Format.parse(store_as or "float16")
+    for manifest in sorted(own.parent.glob(f"{Path(teacher.name).name}-*/{MANIFEST}")):
+        with suppress(IntegrityError, ResourceError):
+            same_format = read_manifest(manifest.parent).format == form
+            if same_format and recognize(manifest.parent, teacher, fingerprint, keys, compute):
+                return manifest.parent
+    return own
+
+
+def _prepare(path: Path, teacher: Encoder, keys: np.ndarray, compute: Compute) -> Store:
     """The store at `path`, made if it is not there by the main process; every process opens it by itself."""
-    distributed.main_first(partial(_create, path, teacher))
+    distributed.main_first(partial(_create, path, teacher, keys, compute))
     return Store.open(path)
 
 
-def _create(path: Path, teacher: Encoder) -> None:
+def _create(path: Path, teacher: Encoder, keys: np.ndarray, compute: Compute) -> None:
+    fingerprint = teacher.fingerprint()
     try:
-        Store.open_or_create(path, teacher.fingerprint(), teacher.width)
+        recognize(path, teacher, fingerprint, keys, compute)
+        Store.open_or_create(path, fingerprint, teacher.width)
         if (path / SAMPLE / MANIFEST).exists():
             _take_in_sample(path)
     except PermissionError as error:

@@ -24,6 +24,7 @@ from torch import Tensor
 from distill import distributed, files, metrics
 from distill.encoder import Encoder
 from distill.errors import DataError, DistillError, IntegrityError, RecipeError, ResourceError
+from distill.identity import recognize
 from distill.modules import Dense, Normalize
 from distill.similarity import cosine_similarity_matrix, normalize
 from distill.store import Rows, Store
@@ -198,7 +199,9 @@ def _sample(teacher: Encoder, store: Store, texts: Texts) -> Float[Tensor, "n e"
 
 def _turn_store(store: Store, cut: Encoder, directions: Float[Tensor, "d e"], path: Path) -> None:
     """Turn the rows of a store that `path` does not have yet. What a killed call wrote stays."""
-    with Store.open_or_create(path, cut.fingerprint(), cut.width).lock():
+    fingerprint = cut.fingerprint()
+    recognize(path, cut, fingerprint, store.keys, lambda numbers: turn(store.take(np.array(numbers)), directions))
+    with Store.open_or_create(path, fingerprint, cut.width).lock():
         turned = Store.open(path)
         turned.remove_orphans()
         missing = np.flatnonzero(turned.find(store.keys) < 0)

@@ -55,6 +55,7 @@ class Manifest:
     shards: list[Shard]
     format: Format = field(default_factory=Format)
     codec: CodecFile | None = None
+    equal_configs: tuple[str, ...] = ()  # other hashes of `config` whose vectors were found to be the same
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -81,6 +82,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "width": manifest.width,
         "dtype": str(manifest.format),
         **({} if manifest.codec is None else {"codec": asdict(manifest.codec)}),
+        **({"equal_configs": list(manifest.equal_configs)} if manifest.equal_configs else {}),
         "shards": records,
     }
     try:
@@ -188,7 +190,10 @@ def _manifest(value: Any) -> Manifest:
     if len({shard.file for shard in records}) < len(records):
         raise ValueError("a shard is recorded as two of one name")
     codec = _codec_file(value["codec"]) if form.compressed else None
-    return Manifest(value["fingerprint"], value["width"], records, form, codec)
+    equal = value.get("equal_configs", [])
+    if not isinstance(equal, list) or not all(type(one) is str and re.fullmatch(r"[0-9a-f]{64}", one) for one in equal):
+        raise ValueError(f"equal_configs {equal!r:.60}")
+    return Manifest(value["fingerprint"], value["width"], records, form, codec, tuple(equal))
 
 
 def _format(version: Any, dtype: Any) -> Format:

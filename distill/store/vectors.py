@@ -39,6 +39,7 @@ class Store:
         self.path, self.fingerprint, self.width = path, fingerprint, width
         self.codec = codec or Codec(width)
         self._codec_file: CodecFile | None = None
+        self.equal_configs: tuple[str, ...] = ()
         self.shards: list[Shard] = []
         self._vectors: list[np.ndarray] = []
         self.keys = np.zeros((0, 2), np.uint64)
@@ -57,10 +58,10 @@ class Store:
         path = Path(path)
         manifest = shards.read_manifest(path)
         if fingerprint is not None:
-            refuse_other_fingerprint(path, manifest.fingerprint, fingerprint)
+            refuse_other_fingerprint(path, manifest.fingerprint, fingerprint, manifest.equal_configs)
         codec = shards.read_codec(path, manifest)
         opened = cls(path, manifest.fingerprint, manifest.width, manifest.shards, codec)
-        opened._codec_file = manifest.codec
+        opened._codec_file, opened.equal_configs = manifest.codec, manifest.equal_configs
         return opened
 
     @classmethod
@@ -77,7 +78,7 @@ class Store:
         manifest = shards.read_manifest(path)
         gone = [shard.file for shard in manifest.shards if not (path / shard.file).exists()]
         if gone:
-            refuse_other_fingerprint(path, manifest.fingerprint, fingerprint)
+            refuse_other_fingerprint(path, manifest.fingerprint, fingerprint, manifest.equal_configs)
             print(f"{path}: {', '.join(gone)} missing; their rows are computed anew", file=sys.stderr)
             forget(path, gone)
         return cls.open(path, fingerprint)
@@ -165,7 +166,8 @@ class Store:
         """Add written shards to the manifest. One process at a time: hold `lock()`."""
         self._codec_file = self._codec_file or shards.write_codec(self.path, self.codec)
         everything = [*self.shards, *records]
-        manifest = Manifest(self.fingerprint, self.width, everything, self.codec.format, self._codec_file)
+        form, codec = self.codec.format, self._codec_file
+        manifest = Manifest(self.fingerprint, self.width, everything, form, codec, self.equal_configs)
         shards.write_manifest(self.path, manifest)
         self._attach(records)
 
@@ -258,8 +260,16 @@ def _create(store: Store) -> None:
             store.publish([])
 
 
-def refuse_other_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def differing_fields(stored: dict[str, Any], wanted: dict[str, Any], equal_configs: Sequence[str] = ()) -> list[str]:
+    """Names of the fields of two fingerprints that differ; `config` does not where it is one of `equal_configs`."""
     fields = [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
+    return [name for name in fields if name != "config" or wanted.get(name) not in equal_configs]
+
+
+def refuse_other_fingerprint(
+    path: Path, stored: dict[str, Any], wanted: dict[str, Any], equal_configs: Sequence[str] = ()
+) -> None:
+    fields = differing_fields(stored, wanted, equal_configs)
     if fields:
         lines = "".join(
             f"\n  {name}: store {_short(stored.get(name))}, this encoder {_short(wanted.get(name))}" for name in fields
@@ -267,6 +277,11 @@ def refuse_other_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[st
         way = "Name another folder with --store, or load the encoder that made it."
         if fields == ["max_length"]:
             way = f"The same model with another limit: use --teacher.max-length {stored.get('max_length')}, or another folder with --store."
+        if fields == ["config"]:
+            way = (
+                "Weights and tokenizer are the same. Where its vectors are, too, embed() finds out by computing some of the texts "
+                f"that are stored again: here none is stored, or they differ. {way}"
+            )
         raise IntegrityError(f"{path} holds the vectors of another encoder. What differs:{lines}\n{way}")
 
 
