@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -82,6 +82,11 @@ def _run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: l
         return _report(error, str(error), error.exit_code, debug)
     except OSError as error:
         return _report(error, _explain(error) + _way_on(recipe), ResourceError.exit_code, debug)
+    except RuntimeError as error:
+        if not distributed.lost_another(error):
+            raise
+        message = f"another process of this run is gone; what it said last is the cause. What was saved stays.{_way_on(recipe)}"
+        return _report(error, message, ResourceError.exit_code, debug)
     except KeyboardInterrupt as error:
         return _report(error, f"interrupted; what was saved stays.{_way_on(recipe)}", 128 + signal.SIGINT, debug)
 
@@ -179,20 +184,45 @@ def _record(recipe: Any, output: Path) -> None:
         if begun and not {"train", "resume"} & value["recipe"].keys():
             raise RecipeError(f"{output} holds a training run, which this would overwrite; name another --output.")
         if begun and path.exists() and _resumes(value["recipe"]):
-            _refuse_other_recipe(output, json.loads(path.read_text(encoding="utf-8"))["recipe"], value["recipe"])
+            _refuse_other_recipe(output, _begun_with(path), value["recipe"], _defaults(recipe))
         elif begun or (output / "student").exists():
             print(
                 f"{output} holds an earlier run, which this one replaces (its student, when the new one is done).",
                 file=sys.stderr,
             )
+        for name in ("recipe.json", "report.json", "non-finite.json"):
+            files.remove_unfinished(output, name)
         files.write_json(path, value)
         (output / "non-finite.json").unlink(missing_ok=True)
     except OSError as error:
         raise ResourceError(f"{_explain(error)} Name a folder you may write to with --output.") from error
 
 
-def _refuse_other_recipe(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    was, is_ = dict(_flags(before)), dict(_flags(now))
+def _begun_with(path: Path) -> dict[str, Any]:
+    """The recipe that a run's recipe.json records."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise IntegrityError(
+            f"{path} is damaged ({type(error).__name__}: {error}), so it cannot be seen whether the run was begun with these flags. "
+            "Delete it to resume without that check: the checkpoint still refuses other training settings, texts or models."
+        ) from error
+
+
+def _defaults(recipe: Any) -> dict[str, Any]:
+    """A recipe's flags where nobody gives one, as recipe.json has them; one that has to be given is not there."""
+    given = {
+        field.name: field.default_factory() if field.default is MISSING else field.default
+        for field in fields(recipe)
+        if field.default is not MISSING or field.default_factory is not MISSING
+    }
+    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in given.items()}  # type: ignore[arg-type]
+    return dict(json.loads(json.dumps(plain, default=str)))
+
+
+def _refuse_other_recipe(output: Path, before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """A flag that the run's recipe.json lacks did not exist when it was begun: then it ran as the flag's default has it."""
+    was, is_ = dict(_flags(defaults)) | dict(_flags(before)), dict(_flags(now))
     differing = [
         f"\n  {name}: was {was.get(name)}, is {is_.get(name)}"
         for name in dict.fromkeys([*was, *is_])

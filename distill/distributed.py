@@ -176,6 +176,12 @@ def _portable(error: BaseException | None) -> BaseException | None:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
+def lost_another(error: RuntimeError) -> bool:
+    """Whether an error of a collective means that a process at its other end is gone."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
+    return world_size() > 1 and any(sign in str(error) for sign in signs)
+
+
 def _sizes(rows: Tensor) -> list[int]:
     mine = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.empty_like(mine) for _ in range(world_size())]

@@ -230,6 +230,23 @@ def test_a_run_is_resumed_with_what_changes_no_step(begun: Recipe, options: dict
     cli.record(dataclasses.replace(changed(begun), data="elsewhere/texts/a.txt"), begun.output)
 
 
+def test_a_flag_that_is_newer_than_the_run_is_at_its_default(begun: Recipe) -> None:
+    path = begun.output / "recipe.json"
+    written = json.loads(path.read_text())
+    del written["recipe"]["group"], written["recipe"]["train"]["ema_decay"]
+    path.write_text(json.dumps(written))
+    cli.record(changed(begun), begun.output)
+    path.write_text(json.dumps(written))
+    with pytest.raises(IntegrityError, match=r"differs:\n  --train\.ema-decay: was None, is 0\.9\nResume"):
+        cli.record(changed(begun, ema_decay=0.9), begun.output)
+    with pytest.raises(IntegrityError, match=r"--group\.size: was 3, is 4"):
+        cli.record(dataclasses.replace(changed(begun), group=Group(size=4)), begun.output)
+    del written["recipe"]["data"]
+    path.write_text(json.dumps(written))
+    with pytest.raises(IntegrityError, match=r"--data: was a\.txt, is b\.txt"):
+        cli.record(dataclasses.replace(changed(begun), data="b.txt"), begun.output)
+
+
 def test_a_new_run_says_that_it_replaces_an_earlier_one(begun: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     (begun.output / "non-finite.json").write_text("{}")
     cli.record(begun, begun.output)
