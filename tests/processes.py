@@ -81,8 +81,8 @@ def launch(function: Callable[..., Any], world: int, folder: Path, /, **argument
 def _call(function: Callable[..., Any], folder: Path, arguments: dict[str, Any]) -> tuple[Path, list[str]]:
     place = folder / f"call-{len(list(folder.glob('call-*'))) if folder.exists() else 0}"
     place.mkdir(parents=True)
-    module = Path(sys.modules[function.__module__].__file__ or "").stem
-    return place, [str(Path(__file__)), module, function.__name__, json.dumps(arguments, default=str)]
+    module = Path(sys.modules[function.__module__].__file__ or "").resolve()
+    return place, [str(Path(__file__)), str(module), function.__name__, json.dumps(arguments, default=str)]
 
 
 def _popen(command: list[str], output: Path, environment: dict[str, int]) -> subprocess.Popen[bytes]:
@@ -104,6 +104,7 @@ def run(
 
 def _main(module: str, name: str, arguments: str, result: str) -> int:
     importlib.import_module("conftest")  # shapes are checked here too
+    sys.path.append(str(Path(module).parent))
     import torch
     import torch.distributed as dist
 
@@ -118,7 +119,7 @@ def _main(module: str, name: str, arguments: str, result: str) -> int:
         world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         dist.init_process_group("gloo", init_method=f"file://{place}", world_size=world, rank=rank)
     try:
-        value = getattr(importlib.import_module(module), name)(**json.loads(arguments))
+        value = getattr(importlib.import_module(Path(module).stem), name)(**json.loads(arguments))
     except DistillError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

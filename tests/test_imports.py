@@ -73,11 +73,13 @@ ORDER = [
     "store.joining",
     "store",
     "store.__main__",
+    "identity",
     "narrow",
     "embed",
     "teachers",
     "training.examples",
     "training.checkpoint",
+    "training.comparing",
     "training.sampling",
     "training.calibration",
     "training.stopping",
@@ -123,6 +125,7 @@ ORDER = [
     "benchmark",
     "manual",
     "cli",
+    "verify_resume",
 ]
 LIFTABLE = {name for name in ORDER if name.startswith(("losses", "streaming", "metrics"))} | {"similarity", "heads"}
 LIFTABLE -= {"losses.sentence_transformers"}
