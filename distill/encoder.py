@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from distill import files, folder, hub
 from distill.errors import DataError, RecipeError
 from distill.folder import UNLIMITED, Parts
-from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone
+from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone, Truncate
 
 ComputeDtype = Literal["float32", "bfloat16"]
 
@@ -33,7 +33,7 @@ class Tokenized:
 
 
 class Encoder(nn.Module):
-    """Backbone (transformer with pooling, or static table) followed by Dense and Normalize layers: texts -> (n, width).
+    """Backbone (transformer with pooling, or static table) followed by Dense, Normalize and Truncate layers: texts -> (n, width).
 
     `forward(tokens)` is what training calls; `encode(texts)` is the whole way, without gradient. `tokenizer` is this
     encoder's own: a student may read the same text with other tokens than its teacher.
@@ -95,6 +95,11 @@ class Encoder(nn.Module):
     @property
     def width(self) -> int:
         """Width of the vectors this encoder emits."""
+        return min([self.full_width, *(layer.width for layer in self.head if isinstance(layer, Truncate))])
+
+    @property
+    def full_width(self) -> int:
+        """Width before vectors are cut at truncate_dim."""
         dense = [layer for layer in self.head if isinstance(layer, Dense)]
         return dense[-1].linear.out_features if dense else self.backbone.width
 
@@ -297,4 +302,4 @@ def _describe(layer: nn.Module) -> str:
         return f"{type(layer.model).__name__} > {'+'.join(layer.pooling.modes)}"
     if isinstance(layer, Dense):
         return f"Dense({layer.linear.in_features}, {layer.linear.out_features}, {type(layer.activation).__name__})"
-    return type(layer).__name__
+    return f"Truncate({layer.width})" if isinstance(layer, Truncate) else type(layer).__name__

@@ -4,7 +4,7 @@ Module types are written as `sentence_transformers.models.NAME`, the path that 5
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from distill import files
 from distill.errors import IntegrityError, RecipeError
-from distill.modules import Dense, Normalize, Pooling, StaticTable, TransformerBackbone
+from distill.modules import Dense, Normalize, Pooling, StaticTable, TransformerBackbone, Truncate
 from distill.quantized import INT8_MODULE, TableFormat, read_table, stored, table_tensors
 
+SETTINGS = "config_sentence_transformers.json"
 UNLIMITED = 10**9  # max_length of a static table: it has no positions to run out of
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}  # AutoModel adds the decoder
 _LEGACY_POOLING = {
@@ -48,12 +49,11 @@ class Parts:
 
 def write(parts: Parts, folder: Path) -> None:
     """Write the files of an encoder into an existing, empty folder. RecipeError for a layer that such a folder cannot hold."""
-    for layer in parts.head:
-        _check_writable(layer)
+    head, cut = _split(parts.head)
     backbone = parts.backbone
     form: TableFormat = backbone.stored_as if isinstance(backbone, StaticTable) else "float32"
     names = ["StaticEmbedding"] if isinstance(backbone, StaticTable) else ["Transformer", "Pooling"]
-    names += [type(layer).__name__ for layer in parts.head]
+    names += [type(layer).__name__ for layer in head]
     modules = [
         {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
         for i, name in enumerate(names)
@@ -66,7 +66,7 @@ def write(parts: Parts, folder: Path) -> None:
         _write_static(backbone, parts, folder)
     else:
         _write_transformer(backbone, parts, folder)
-    for module, layer in zip(modules[len(modules) - len(parts.head) :], parts.head, strict=True):
+    for module, layer in zip(modules[len(modules) - len(head) :], head, strict=True):
         if isinstance(layer, Dense):
             _write_dense(layer, folder / str(module["path"]), form)
         else:
@@ -74,13 +74,13 @@ def write(parts: Parts, folder: Path) -> None:
     files.write_json(folder / "modules.json", modules)
     prompts = {"query": "", "document": ""} | parts.prompts
     files.write_json(
-        folder / "config_sentence_transformers.json",
+        folder / SETTINGS,
         {
             "model_type": "SentenceTransformer",
             "prompts": prompts,
             "default_prompt_name": parts.default_prompt_name,
             "similarity_fn_name": "cosine",
-            "truncate_dim": None,
+            "truncate_dim": cut,
         },
     )
 
@@ -124,6 +124,15 @@ def _write_dense(layer: Dense, folder: Path, form: TableFormat) -> None:
     save_file(state, folder / "model.safetensors")
 
 
+def _split(head: Sequence[nn.Module]) -> tuple[list[Dense | Normalize], int | None]:
+    """The layers that become modules, and truncate_dim: a cut stands behind all of them."""
+    cut = head[-1].width if head and isinstance(head[-1], Truncate) else None
+    layers = list(head)[: None if cut is None else -1]
+    for layer in layers:
+        _check_writable(layer)
+    return [layer for layer in layers if isinstance(layer, Dense | Normalize)], cut
+
+
 def _check_writable(layer: nn.Module) -> None:
     """Refuse what would be read as something else: a foreign layer, and an activation with options or code of its own."""
     if not isinstance(layer, Dense | Normalize):
@@ -153,16 +162,14 @@ def read(folder: Path) -> Parts:
             f"{folder} holds {' > '.join(kinds)}; expected Transformer > Pooling, or StaticEmbedding, and then "
             "any Dense and Normalize."
         )
-    settings = _read_json(folder / "config_sentence_transformers.json", {})
-    if settings.get("truncate_dim"):
-        raise RecipeError(
-            f"{folder}/config_sentence_transformers.json cuts vectors to truncate_dim={settings['truncate_dim']}, which "
-            "distill does not do. Set it to null to use whole vectors."
-        )
+    settings = _read_json(folder / SETTINGS, {})
+    cut = settings.get("truncate_dim")
+    if cut is not None and (not isinstance(cut, int) or cut < 1):
+        raise RecipeError(f"{folder}/{SETTINGS}: truncate_dim is 1 or more, or null, got {cut!r}.")
     options: dict[str, Any] = {
         "prompts": {role: text or "" for role, text in (settings.get("prompts") or {}).items()},
         "default_prompt_name": settings.get("default_prompt_name"),
-        "head": [_read_layer(kind, path) for kind, path in modules[start:]],
+        "head": [_read_layer(kind, path) for kind, path in modules[start:]] + ([] if cut is None else [Truncate(cut)]),
     }
     if kinds[0] == "StaticEmbedding":
         return _read_static(modules[0][1], options)

@@ -160,6 +160,17 @@ class Dense(nn.Module):
         return self.activation(self.linear(vectors))
 
 
+class Truncate(nn.Module):
+    """The first numbers of a vector, as they are: what is cut has length below 1, as sentence-transformers' truncate_dim leaves it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        return vectors[:, : self.width]
+
+
 class Normalize(nn.Module):
     """Unit rows; a zero row stays zero."""
 
@@ -176,7 +187,7 @@ def _last(mask: Tensor) -> Tensor:
 
 
 def _at(hidden: Tensor, places: Tensor) -> Tensor:
-    return hidden[torch.arange(len(hidden), device=hidden.device), places]
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), places]
 
 
 def _sum(hidden: Tensor, weights: Tensor) -> Tensor:
@@ -188,7 +199,7 @@ def _mean(hidden: Tensor, weights: Tensor, power: float = 1.0) -> Tensor:
 
 
 def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    places = repeat(torch.arange(1, mask.shape[1] + 1, device=mask.device), "l -> b l", b=len(mask))
+    places = repeat(torch.arange(1, mask.shape[1] + 1, device=mask.device), "l -> b l", b=mask.shape[0])
     return _mean(hidden, mask * (places - rearrange(_first(mask), "b -> b 1")))
 
 

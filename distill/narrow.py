@@ -25,7 +25,7 @@ from distill import distributed, files, metrics
 from distill.encoder import Encoder
 from distill.errors import DataError, DistillError, IntegrityError, RecipeError, ResourceError
 from distill.identity import recognize
-from distill.modules import Dense, Normalize
+from distill.modules import Dense, Normalize, Truncate
 from distill.similarity import cosine_similarity_matrix, normalize
 from distill.store import Rows, Store
 from distill.store.compression import principal_directions, spread
@@ -125,10 +125,12 @@ def narrow_teacher(teacher: Encoder, directions: Float[Tensor, "d e"]) -> Encode
 
     An encoder like any other: students are made from it, its fingerprint names the directions, and it embeds new texts.
     """
-    onto = Dense(directions.shape[1], directions.shape[0])
+    onto = Dense(teacher.full_width, directions.shape[0])
     with torch.no_grad():
-        onto.linear.weight.copy_(directions)
-    parts = vars(teacher.parts()) | {"head": [*teacher.head, onto.to(teacher.device), Normalize()]}
+        onto.linear.weight.zero_()  # what the teacher itself cuts off
+        onto.linear.weight[:, : directions.shape[1]] = directions
+    whole = [layer for layer in teacher.head if not isinstance(layer, Truncate)]
+    parts = vars(teacher.parts()) | {"head": [*whole, onto.to(teacher.device), Normalize()]}
     cut = Encoder(**parts, compute_dtype=teacher.compute_dtype, name=teacher.name, commit=teacher.commit)
     return cut.train(teacher.training)
 

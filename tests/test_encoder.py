@@ -225,6 +225,24 @@ def test_a_layer_that_a_folder_cannot_hold_is_not_saved(bert: Encoder, tmp_path:
     assert not [*tmp_path.iterdir()]
 
 
+@each_model_and_static
+@pytest.mark.parametrize("cut", [8, 10_000])
+def test_vectors_are_cut_as_sentence_transformers_cuts_them(
+    folder_of: Callable[..., Path], copy_of: Callable[..., Path], model: Any, cut: int, tmp_path: Path
+) -> None:
+    folder = copy_of(folder_of(model))
+    whole, texts = Encoder.from_pretrained(folder), readable(folder)
+    rewrite(folder / "config_sentence_transformers.json", lambda config: config.update(truncate_dim=cut))
+    ours = Encoder.from_pretrained(folder)
+    assert gap(ours.encode(texts), theirs(folder).encode(texts, convert_to_tensor=True)) <= TOLERANCE
+    assert gap(ours.encode(texts), whole.encode(texts)[:, :cut]) == 0  # not brought to length 1 again
+    assert ours.width == min(cut, whole.width)
+    assert ours.fingerprint()["modules"] != whole.fingerprint()["modules"]
+    ours.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "config_sentence_transformers.json").read_text())["truncate_dim"] == cut
+    assert Encoder.from_pretrained(tmp_path / "ours").fingerprint() == ours.fingerprint()
+
+
 # Folders that are refused
 
 
@@ -299,7 +317,8 @@ def test_foreign_activations_are_refused(copy_of: Callable[..., Path], tiny_bert
         ("2_Dense/config.json", {"use_residual": True}, "use_residual"),
         ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name=token_embeddings"),
         ("1_Pooling/config.json", {"pooling_mode": "median"}, "pooling modes are .*median"),
-        ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim=8"),
+        ("config_sentence_transformers.json", {"truncate_dim": 0}, "truncate_dim is 1 or more"),
+        ("config_sentence_transformers.json", {"truncate_dim": "8"}, "truncate_dim is 1 or more"),
         ("config_sentence_transformers.json", {"default_prompt_name": "quary"}, "default prompt is 'quary'"),
         ("config.json", {"model_type": "martian"}, "transformers cannot open"),
     ],

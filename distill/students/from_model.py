@@ -12,8 +12,8 @@ def pretrained(name: str | Path, teacher: Encoder, **options: Any) -> Encoder:
     """Another model as the start, with a Dense layer to the teacher's width if its own differs. `options` as Encoder.from_pretrained."""
     student = Encoder.from_pretrained(name, **options)
     head = [layer for layer in student.head if isinstance(layer, Dense)]
-    if student.width != teacher.width:
-        head.append(Dense(student.width, teacher.width))
+    if student.full_width != teacher.width:
+        head.append(Dense(student.full_width, teacher.width))
     parts = vars(student.parts()) | {"head": [*head, Normalize()]}
     start = Encoder(**parts, compute_dtype=student.compute_dtype, commit=student.commit)
     return named(start, Path(str(name)).name, teacher)

@@ -51,7 +51,7 @@ def keep_layers(
     if projection:
         student.head = nn.Sequential(
             *(layer for layer in student.head if isinstance(layer, Dense)),
-            Dense(teacher.width, teacher.width).to(teacher.device),
+            Dense(teacher.full_width, teacher.width).to(teacher.device),
             Normalize(),
         )
         nn.init.eye_(last_linear(student).weight)
