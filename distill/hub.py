@@ -73,7 +73,7 @@ def resolve_model(
         raise ResourceError(
             f"There is no folder {name!r} (looked at {folder.absolute()}), and it is no Hub name (ORG/NAME) either."
         )
-    hub = _Hub(token=token, cache_dir=cache_dir, offline=_offline() if offline is None else offline)
+    hub = _Hub(token=token, cache_dir=cache_dir, offline=is_offline() if offline is None else offline)
     names = [name] if "/" in name else [f"sentence-transformers/{name}", name]
     for candidate in names:
         if found := _pinned(hub, candidate, revision):
@@ -88,15 +88,15 @@ def dataset_commit(name: str, *, revision: str | None = None, token: str | None 
     """
     from huggingface_hub import HfApi, constants
 
-    if _offline():
+    if is_offline():
         return None
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
     seconds = constants.HF_HUB_ETAG_TIMEOUT
     try:
         return _within(seconds, lambda: api.dataset_info(name, revision=revision, timeout=seconds)).sha
-    except Exception as error:  # whatever the hub's stack raises is sorted in _reason
+    except Exception as error:  # whatever the hub's stack raises is sorted in `reason`
         raise ResourceError(
-            f"Cannot get the data set {name}: {_reason(error)}. Ways out: give the path of a local file; "
+            f"Cannot get the data set {name}: {reason(error)}. Ways out: give the path of a local file; "
             "HF_HUB_OFFLINE=1 uses what was downloaded before."
         ) from error
 
@@ -134,7 +134,7 @@ def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> Model
             found = hub.download(name, revision or hub.pinned_commit(name) or "main", quick=is_installed(name))
         except ResourceError:
             raise
-        except Exception as error:  # whatever the hub's stack raises is sorted in _reason
+        except Exception as error:  # whatever the hub's stack raises is sorted in `reason`
             failure = error
             if not _is_unknown(error):
                 break
@@ -265,7 +265,8 @@ def _within(seconds: int, call: Callable[[], T]) -> T:
     return outcome["value"]
 
 
-def _offline() -> bool:
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE says that the Hub is not to be asked."""
     from huggingface_hub import constants
 
     flags = (os.environ.get("HF_HUB_OFFLINE"), os.environ.get("TRANSFORMERS_OFFLINE"))
@@ -318,40 +319,43 @@ def _explain(error: Exception | None, names: Sequence[str], revision: str | None
         )
     if close := difflib.get_close_matches(name, PACKAGES, n=1, cutoff=0.7):
         ways += [] if close[0] == name else [f"did you mean {close[0]}?"]
-    return f"Cannot get the model {name}{at}: {_reason(error)}. Ways out: {'; '.join(ways)}."
+    return f"Cannot get the model {name}{at}: {reason(error)}. Ways out: {'; '.join(ways)}."
 
 
-def _reason(error: Exception | None) -> str:
+def reason(error: Exception | None, access: Literal["read", "write"] = "read") -> str:
+    """What went wrong between here and the Hub, and what to do about it, in one line. None: it was not to be asked."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
     if error is None:
         return "it is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub (unset it to download)"
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return _reason(error.__cause__)
+        return reason(error.__cause__, access)
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     if isinstance(error, GatedRepoError):
         return "its owner grants access one by one (403): ask on its page on the Hub, then set HF_TOKEN to a token of that account"
     if isinstance(error, RevisionNotFoundError):
         return "the Hub knows it, but not in this revision"
     if _is_unknown(error):
-        return "the Hub knows nothing of this name, or it is private (then set HF_TOKEN to a token that may read it)"
+        return (
+            f"the Hub knows nothing of this name, or it is private (then set HF_TOKEN to a token that may {access} it)"
+        )
     if isinstance(error, HfHubHTTPError):
-        return _status_reason(error.response.status_code, endpoint)
+        return _status_reason(error.response.status_code, endpoint, access)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{disk_reason(error)}; point HF_HOME and DISTILL_HOME to a folder with room that you may write"
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"{endpoint} did not answer in time (is there a network, a proxy to set, a mirror for HF_ENDPOINT?)"
     if "Consistency check" in str(error) or "RemoteProtocol" in type(error).__name__:
-        return "the download broke off; run again, it continues where it stopped"
+        return "the transfer broke off; run again, it continues where it stopped"
     return (
         f"{endpoint} could not be reached ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     )
 
 
-def _status_reason(status: int, endpoint: str) -> str:
+def _status_reason(status: int, endpoint: str, access: str) -> str:
     if status in (401, 403):
-        return f"{endpoint} refuses the access ({status}): set HF_TOKEN to a token that may read it"
+        return f"{endpoint} refuses the access ({status}): set HF_TOKEN to a token that may {access} it"
     if status == 429:
         return (
             f"{endpoint} gets too many requests from here (429): wait some minutes, or set HF_TOKEN for a higher limit"

@@ -1,0 +1,153 @@
+"""The model card: what a student is, how to use it, and what it reached, as people and the Hub read it."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill import hub
+from distill.encoder import Encoder
+from distill.errors import DistillError
+from distill.evaluation import INDEX, STUDENT, Scores
+from distill.evaluation.fidelity import is_headline
+from distill.evaluation.scores import Score
+from distill.export.provenance import Provenance
+from distill.narrow import NAME, Space
+from distill.quantized import INT8_MODULE
+from distill.students.quantizing import TableCost
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard
+
+MADE = "How it was made"
+# What a metric of the table is called on the Hub: the task, and the metric's identifier as sentence-transformers writes it.
+_TASKS = {
+    "spearman": ("semantic-similarity", "Semantic Similarity", "spearman_cosine"),
+    "ndcg@10": ("information-retrieval", "Information Retrieval", "cosine_ndcg@10"),
+    "recall@10": ("information-retrieval", "Information Retrieval", "cosine_recall@10"),
+    "accuracy": ("text-classification", "Text Classification", "accuracy"),
+}
+_FIDELITY = ("knowledge-distillation", "Knowledge Distillation")
+
+
+def model_card(
+    student: Encoder,
+    path: Path,
+    provenance: Provenance,
+    record: dict[str, Any],
+    *,
+    scores: Scores | None,
+    license: str | None,
+    cost: TableCost | None,
+) -> "ModelCard":
+    """The card of the student that is written to `path`; its scores are those of the system called "student"."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    teacher = str(record["teacher"])
+    data = ModelCardData(
+        model_name=student.name,
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        tags=["sentence-transformers", "feature-extraction", "distill", "knowledge-distillation"],
+        base_model=teacher if "/" in teacher and not Path(teacher).exists() else None,
+        eval_results=[*_results(scores)] or None if scores else None,
+        **({"license": license} if license else _license(provenance.teacher)),
+    )
+    commit = f" at commit `{record['teacher_commit']}`" if record["teacher_commit"] else ""
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n\n# {student.name}",
+        f"A student of **{teacher}**{commit}, {_about_space(student, provenance.space)} "
+        f"{student.parameter_count / 1e6:.1f}M parameters against the teacher's {record['teacher_parameters'] / 1e6:.1f}M.",
+        f"## Use\n\n```python\n{usage(path, int8=bool(cost and cost.form == 'int8'))}\n```",
+        _about_table(cost),
+        f"## Scores\n\nEach with half the width of its bootstrap 95 % interval; `distill.json` has the bounds.\n\n```\n{scores}\n```"
+        if scores
+        else "",
+        f"## {MADE}\n\n- texts: {record['data']}\n- loss: {record['loss']}\n- command: `{record['command']}`\n"
+        f"- versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}",
+    ]
+    return ModelCard("\n\n".join(section for section in sections if section) + "\n")
+
+
+def usage(path: str | Path, *, int8: bool | None = None) -> str:
+    """The three lines that use an exported student; whether its table is `int8` is read from its folder if it is not said."""
+    modules = Path(path) / "modules.json"
+    int8 = modules.exists() and INT8_MODULE in modules.read_text(encoding="utf-8") if int8 is None else int8
+    trust = ", trust_remote_code=True" if int8 else ""
+    return (
+        "from sentence_transformers import SentenceTransformer\n"
+        f'student = SentenceTransformer("{path}"{trust})\n'
+        'vectors = student.encode(["a query for the index you already have"])'
+    )
+
+
+def with_section(card: str, title: str, body: str) -> str:
+    """A card's text with this section: in the place of one of the same title, else before how it was made, else at the end."""
+    section, heading = f"## {title}\n\n{body.strip()}\n", f"## {title}\n"
+    before, found, old = card.partition(heading)
+    if found:
+        rest = old.partition("\n## ")
+        return before + section + rest[1] + rest[2]
+    before, found, rest_of_card = card.partition(f"## {MADE}\n")
+    return f"{before.rstrip()}\n\n{section}" + (f"\n{found}{rest_of_card}" if found else "")
+
+
+def _results(scores: Scores) -> "Iterator[EvalResult]":
+    """The student's scores, and those of its queries against the teacher's index, as a model-index."""
+    for system, index in ((STUDENT, None), (STUDENT + INDEX, "teacher's index")):
+        for name, score in scores.table.get(system, {}).items():
+            if math.isfinite(score.interval.value):  # YAML's .nan is refused by the Hub
+                yield _result(name, score, index)
+
+
+def _result(name: str, score: Score, index: str | None) -> "EvalResult":
+    from huggingface_hub import EvalResult
+
+    dataset, _, metric = ("", "", name) if is_headline(name) else name.rpartition(" ")
+    kind, title, identifier = _TASKS[metric] if metric in _TASKS else (*_FIDELITY, metric.replace(" ", "_"))
+    data = dataset or "held-out"
+    return EvalResult(
+        task_type=kind,
+        task_name=title,
+        dataset_type=data,
+        dataset_name=data.replace("held-out", "held-out texts") + (f", {index}" if index else ""),
+        dataset_config=index,
+        metric_type=identifier,
+        metric_name=metric,
+        metric_value=round(score.interval.value, 4),
+    )
+
+
+def _license(teacher: Encoder) -> dict[str, str]:
+    """What the teacher's own card says of its licence; nothing where it has no card on this machine."""
+    from huggingface_hub import ModelCard
+
+    try:
+        readme = hub.resolve_model(teacher.name, revision=teacher.commit, offline=True).path / "README.md"
+        data = ModelCard.load(readme).data.to_dict() if readme.exists() else {}
+    except (DistillError, ValueError):  # no folder of that name any more; a card whose head is no YAML
+        return {}
+    fields = ("license", "license_name", "license_link")
+    return {field: data[field] for field in fields if isinstance(data.get(field), str)}
+
+
+def _about_space(student: Encoder, space: Space | None) -> str:
+    if space is None or space.kept is None:
+        return (
+            f"in the teacher's own vector space (width {student.width}): an index of the teacher's vectors stays, "
+            "only the encoder is swapped."
+        )
+    return (
+        f"in a narrower space: {space.kept}. An index of the teacher's vectors stays once it is turned "
+        f"by `{NAME}`, which is in this folder: `python -m distill.narrow THIS_FOLDER --vectors index.npy --output narrow.npy`."
+    )
+
+
+def _about_table(cost: TableCost | None) -> str:
+    if cost is None:
+        return ""
+    note = (
+        " sentence-transformers opens it where distill is installed, from version 6 on with `trust_remote_code=True`: it has no "
+        "module for int8 of its own. `Encoder.from_pretrained(FOLDER).save_pretrained(OTHER)` of distill writes it as float32."
+    )
+    return f"## Token table\n\nStored as {cost}.{note if cost.form == 'int8' else ''}"
