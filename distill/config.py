@@ -220,6 +220,8 @@ class EvaluationConfig:
     """Labelled texts that give each class its direction."""
     classify_test: str | None = None
     """Labelled texts to classify."""
+    precisions: tuple[Literal["int8", "uint8", "binary", "ubinary"], ...] = ()
+    """Of stored vectors, measured beside float32: what is left of neighbours and rankings."""
 
     def __post_init__(self) -> None:
         for names in (("corpus", "queries", "qrels"), ("classify_train", "classify_test")):
@@ -247,7 +249,9 @@ class EvaluationConfig:
         labelled = {}
         if self.classify_train and self.classify_test:
             labelled[_stem(self.classify_test)] = load_labelled(self.classify_train, self.classify_test)
-        return EvaluationData(texts=texts, role=role, pairs=pairs, retrieval=retrieval, labelled=labelled)
+        return EvaluationData(
+            texts=texts, role=role, pairs=pairs, retrieval=retrieval, labelled=labelled, precisions=self.precisions
+        )
 
 
 def hold_out(texts: list[str], count: int | None) -> tuple[list[str], list[str]]:

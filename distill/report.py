@@ -49,6 +49,7 @@ def summary(run: Run, scores: Scores) -> str:
         *_line("fidelity, further", _further(scores)),
         *_line("gained by training", [f"{metric} {_signed(gain)}" for metric, gain in gains(scores).items()]),
         *_line("against the teacher", _ratios(scores)),
+        *(["", scores.stored_table(), ""] if scores.stored else []),
         f"trained {run.steps:,} steps in {run.seconds:,.0f} s on {run.report}",
         "",
         f"The student is in {run.output / 'student'}, all numbers are in {run.output / page.REPORT}, to look at in {run.output / page.PAGE}.",

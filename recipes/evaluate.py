@@ -4,7 +4,10 @@ Texts alone are enough for fidelity to the teacher: on all of them, by length, a
 
 A difference has a 95 % interval and a p-value: means by sign flips, rank correlations by the bootstrap.
 
+Results on your own files lie below OUTPUT/mteb in the form of MTEB's, too; --mteb runs its own tasks, where the Hub is reachable.
+
 accelerate launch recipes/evaluate.py --models runs/mine/student other/model --texts held-out.jsonl
+python recipes/evaluate.py --models runs/mine/student --mteb STSBenchmark SciFact
 """
 
 import time
@@ -18,7 +21,7 @@ from distill.config import EvaluationConfig, TeacherConfig
 from distill.data import load_texts
 from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.evaluation import INDEX, differences_json, evaluate, retention_json, slice_table
+from distill.evaluation import INDEX, differences_json, evaluate, mteb, retention_json, slice_table
 from distill.export import this_command
 from distill.gates import Gate, enforce, judge, read_gates
 
@@ -35,10 +38,12 @@ class Recipe:
     """Of these texts, at most."""
     speed: bool = True
     """Measure texts a second, the teacher's, too: half a second or more a model."""
+    mteb: tuple[str, ...] = ()
+    """Names of MTEB's tasks to run the models on, in one process. Needs the extra mteb, and the Hub for their data."""
     store: Path | None = None
     """Folder of the teacher's vectors; None: in the cache, by teacher."""
     output: Path = Path("runs/evaluate")
-    """Folder of report.json and report.html."""
+    """Folder of report.json, report.html and mteb/."""
     gate: tuple[str, ...] = ()
     """What the first model must reach, such as "overlap@10 >= 0.6"; another with its name in front: "NAME: ndcg@10 >= 0.5". Missed: exit code 7."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -47,8 +52,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if len(set(self.models)) < len(self.models) or not self.models:
             raise RecipeError("--models names one or more different models.")
-        if not (self.texts or self.evaluation.sts or self.evaluation.corpus or self.evaluation.classify_test):
-            raise RecipeError("nothing to score on: give --texts or some of --evaluation.*.")
+        own = self.texts or self.evaluation.sts or self.evaluation.corpus or self.evaluation.classify_test
+        if not own and not self.mteb:
+            raise RecipeError("nothing to score on: give --texts, some of --evaluation.*, or --mteb.")
         self.gates()
 
     def gates(self) -> tuple[Gate, ...]:
@@ -61,6 +67,7 @@ def main(recipe: Recipe) -> None:
     began = time.monotonic()
     texts = load_texts(recipe.texts, column=recipe.column, limit=recipe.limit).texts if recipe.texts else []
     data = recipe.evaluation.load(texts)
+    tasks = mteb.find_tasks(recipe.mteb) if recipe.mteb else []
     teacher = recipe.teacher.load()
     models = {name: Encoder.from_pretrained(name).to(distributed.device()) for name in recipe.models}
     loaded = time.monotonic()
@@ -74,10 +81,17 @@ def main(recipe: Recipe) -> None:
         "differences": {other: differences_json(found) for other, found in differences.items()},
         "gates": [verdict.as_json() for verdict in verdicts],
     }
+    distributed.main_first(partial(mteb.write_results, scores, data, models, recipe.output / "mteb"))
+    if tasks:
+        report["mteb"] = mteb.run_tasks(models, tasks, recipe.output / "mteb")
     distributed.main_first(partial(write, recipe.output, report))
     cli.say(scores)
     for name, slices in scores.slices.items():
         cli.say(f"\nfidelity of {name} to the teacher:\n{slice_table(slices)}")
+    if scores.stored:
+        cli.say(f"\nvectors in fewer bytes, and the share of float32's score they keep:\n{scores.stored_table()}")
+    for name, found in report.get("mteb", {}).items():
+        cli.say(f"\nMTEB, {name}: {', '.join(f'{task} {score:.4f}' for task, score in found.items())}")
     for other, found in differences.items():
         lines = [f"\n  {metric}: {difference}" for metric, difference in found.items()]
         cli.say(f"\n{first} - {other}, paired:{''.join(lines)}")

@@ -5,6 +5,7 @@ Every number comes with its bootstrap 95 % interval. Teacher vectors are read fr
 
 from distill.evaluation.closeup import Case, Closeup, Neighbour, closeup, closeup_json
 from distill.evaluation.fidelity import fidelity, fidelity_slices
+from distill.evaluation.precisions import Precision, quantize, restore
 from distill.evaluation.scores import (
     INDEX,
     MIXED,
@@ -13,6 +14,7 @@ from distill.evaluation.scores import (
     Score,
     Scores,
     Slice,
+    Stored,
     differences_json,
     retention_json,
     slice_table,
@@ -29,9 +31,11 @@ __all__ = [
     "Closeup",
     "EvaluationData",
     "Neighbour",
+    "Precision",
     "Score",
     "Scores",
     "Slice",
+    "Stored",
     "centroid_accuracy",
     "closeup",
     "closeup_json",
@@ -41,6 +45,8 @@ __all__ = [
     "fidelity",
     "fidelity_slices",
     "mixed_index",
+    "quantize",
+    "restore",
     "retention_json",
     "retrieval",
     "similarity_pairs",

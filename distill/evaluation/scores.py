@@ -68,17 +68,32 @@ class Slice:
         return self.scores | {f"{metric} of teacher": score for metric, score in self.teacher.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A system's scores with vectors that are stored in fewer bytes.
+
+    `form` is the precision; " raw" behind it: compared as whole numbers, without their ranges. `bytes` are those of a vector.
+    """
+
+    system: str
+    form: str
+    bytes: int
+    scores: dict[str, Score]
+
+
 @dataclass(frozen=True)
 class Scores:
     """Scores of several systems on the same data: `table[system][metric]`; fidelity in full: `slices[student]`, all texts first.
 
     `closeups[student]` are some of the texts themselves; they are not in `as_json`, which goes into the exported folder.
+    `stored` are those with vectors in fewer bytes, the float32 ones of a system first.
     """
 
     table: dict[str, dict[str, Score]]
     speeds: dict[str, dict[str, int | float]]
     slices: dict[str, list[Slice]] = field(default_factory=dict)
     closeups: dict[str, Closeup] = field(default_factory=dict)
+    stored: list[Stored] = field(default_factory=list)
 
     def difference(self, first: str, second: str, metric: str) -> Interval:
         """What `first` scores more than `second` on the same rows, with its paired interval."""
@@ -128,7 +143,37 @@ class Scores:
         """Plain JSON; a number that is undefined, as a rank correlation of constants, is null."""
         slices = {name: [part.as_json() for part in parts] for name, parts in self.slices.items()}
         plain = {"scores": {name: _plain(row) for name, row in self.table.items()}, "speed": self.speeds}
-        return plain | ({"fidelity": slices} if slices else {})
+        return (
+            plain | ({"fidelity": slices} if slices else {}) | ({"precisions": self._stored()} if self.stored else {})
+        )
+
+    def kept_of_float32(self, stored: Stored) -> dict[str, float]:
+        """The share of each score with float32 vectors that the same system keeps with these."""
+        whole = next(one for one in self.stored if one.system == stored.system).scores
+        shares = {
+            name: score.interval.value / (whole[name].interval.value or math.nan)
+            for name, score in stored.scores.items()
+        }
+        return {name: share for name, share in shares.items() if math.isfinite(share)}
+
+    def stored_table(self) -> str:
+        """Systems and precisions down, metrics across, each value with half the width of its 95 % interval and the share kept."""
+        metrics = list(dict.fromkeys(metric for one in self.stored for metric in one.scores))
+        lines = _headed(["", "vectors", "bytes", *("\n".join(textwrap.wrap(metric, 20)) for metric in metrics)])
+        for one in self.stored:
+            kept = self.kept_of_float32(one)
+            cells = [
+                _cell(one.scores.get(metric)) + (f" {kept[metric]:.1%}" if metric in kept else "") for metric in metrics
+            ]
+            lines.append([one.system if one.form == "float32" else "", one.form, f"{one.bytes:,}", *cells])
+        return _aligned(lines)
+
+    def _stored(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for one in self.stored:
+            plain = {"bytes": one.bytes, "scores": _plain(one.scores), "kept": self.kept_of_float32(one)}
+            found.setdefault(one.system, {})[one.form] = plain
+        return found
 
     def __str__(self) -> str:
         """A table: metrics down, systems across, each value with half the width of its 95 % interval; then size and speed."""

@@ -16,7 +16,8 @@ from distill.encoder import Encoder
 from distill.errors import DataError, RecipeError
 from distill.evaluation.closeup import Closeup, closeup
 from distill.evaluation.fidelity import Reference, is_headline
-from distill.evaluation.scores import INDEX, MIXED, Score, Scores, Slice
+from distill.evaluation.precisions import Precision, stored_scores
+from distill.evaluation.scores import INDEX, MIXED, Score, Scores, Slice, Stored
 from distill.evaluation.speed import speeds
 from distill.evaluation.tasks import centroid_accuracy, judged, mixed_index, retrieval, similarity_pairs
 from distill.store import Store, text_keys
@@ -36,6 +37,8 @@ class EvaluationData:
     pairs: Mapping[str, Pairs] = field(default_factory=dict)
     retrieval: Mapping[str, Retrieval] = field(default_factory=dict)
     labelled: Mapping[str, Labelled] = field(default_factory=dict)
+    precisions: Sequence[Precision] = ()
+    """Of stored vectors, to be measured beside float32."""
 
     def __post_init__(self) -> None:
         for name, task in self.retrieval.items():
@@ -76,6 +79,7 @@ def evaluate(
     table = {"teacher": _labels_scores(reader, data) | _retrieval_scores(reader, [reader], data)}
     slices: dict[str, list[Slice]] = {}
     closeups: dict[str, Closeup] = {}
+    stored = _stored_scores("teacher", reader, data)
     for name, student in students.items():
         encode = _once(partial(encode_everywhere, student.to(distributed.device()), progress="student vectors"))
         if reference:
@@ -89,8 +93,9 @@ def evaluate(
             table[name + INDEX] = _retrieval_scores(encode, [reader], data)
         if name in mixed_index and data.retrieval:
             table[name + MIXED] = _retrieval_scores(encode, [reader, encode], data)
+        stored += _stored_scores(name, encode, data)
     measured = speeds({"teacher": teacher, **students}, data.any_texts()) if speed and data.any_texts() else {}
-    return Scores(table, measured, slices, closeups)
+    return Scores(table, measured, slices, closeups, stored)
 
 
 def task_scores(
@@ -131,6 +136,13 @@ def _retrieval_scores(queries: Encode, documents: Sequence[Encode], data: Evalua
         found = retrieval(queries(task.queries, role="query"), vectors, task)
         scores |= {_named(name, metric, data.retrieval): score for metric, score in found.items()}
     return scores
+
+
+def _stored_scores(system: str, encode: Encode, data: EvaluationData) -> list[Stored]:
+    """A system's own queries and documents, in fewer bytes."""
+    if not data.precisions:
+        return []
+    return stored_scores(system, encode, data.precisions, data.texts, data.role, data.retrieval)
 
 
 def _labels_scores(encode: Encode, data: EvaluationData) -> dict[str, Score]:
