@@ -385,10 +385,32 @@ def test_a_tracker_that_is_not_there_is_refused(model: str, store: Path, tmp_pat
         runs.small_run(model, tmp_path, store=store, trackers=("no-such-thing",))
 
 
-def test_the_tensorboard_tracker_starts(model: str, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tracker", "kept"),
+    [
+        ("tensorboard", "**/events.out.tfevents*"),
+        ("trackio", "trackio/distill.db"),
+        ("wandb", "wandb/offline-run-*/*.wandb"),
+    ],
+)
+def test_each_tracker_starts_without_a_network(
+    model: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, kept: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read as trackio is imported
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    pytest.importorskip(tracker)
+    runs.small_run(model, tmp_path, store=store, kind="static", trackers=(tracker,))
+    assert [*tmp_path.glob(kept)]
+
+
+def test_a_tracker_that_does_not_start_is_one_message(
+    model: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "distill").write_text("a file where tensorboard wants a folder")
     pytest.importorskip("tensorboard")
-    runs.small_run(model, tmp_path, store=store, kind="static", trackers=("tensorboard",))
-    assert [*tmp_path.rglob("events.out.tfevents*")]
+    with pytest.raises(ResourceError, match=r"tensorboard could not be started .*leave out --train\.trackers"):
+        runs.small_run(model, tmp_path, store=store, kind="static", trackers=("tensorboard",))
 
 
 def test_an_output_that_is_a_file_is_an_environment_error(model: str, store: Path, tmp_path: Path) -> None:

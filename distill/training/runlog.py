@@ -41,8 +41,7 @@ def opened(
     """A function that logs an entry: into metrics.jsonl on the main process, and to the trackers, which are told `settings`."""
     tracked = bool(settings["trackers"])
     if tracked:
-        flat = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
-        accelerator.init_trackers("distill", config=flat)
+        _start_trackers(output, accelerator, settings)
     file = (output / NAME).open("a", encoding="utf-8") if distributed.is_main() else None
 
     def log(entry: dict[str, Any]) -> None:
@@ -62,6 +61,21 @@ def opened(
             file.close()
         for tracker in accelerator.trackers:  # end_training() would leave the process group too
             tracker.finish()
+
+
+def _start_trackers(output: Path, accelerator: "Accelerator", settings: Mapping[str, Any]) -> None:
+    """Project distill, a run by the name of its folder; what a tracker keeps on this machine lies in it, where it can be told so."""
+    flat = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+    options = {"trackio": {"name": output.name}, "wandb": {"name": output.name, "dir": str(output)}}
+    try:
+        accelerator.init_trackers("distill", config=flat, init_kwargs=options)
+    except Exception as error:  # of three libraries, for want of an account, a network, a disk
+        reason = " ".join(str(error).split())[:300]
+        raise ResourceError(
+            f"{', '.join(settings['trackers'])} could not be started ({type(error).__name__}: {reason}). metrics.jsonl needs "
+            "none of them: leave out --train.trackers. Without a network or an account: WANDB_MODE=offline for wandb; trackio "
+            "is local as long as TRACKIO_SPACE_ID and TRACKIO_SERVER_URL are not set."
+        ) from error
 
 
 def _step(line: str) -> float:
