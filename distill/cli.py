@@ -212,7 +212,7 @@ def _begun_with(path: Path) -> dict[str, Any]:
 def _defaults(recipe: Any) -> dict[str, Any]:
     """A recipe's flags where nobody gives one, as recipe.json has them; one that has to be given is not there."""
     given = {
-        field.name: field.default_factory() if field.default is MISSING else field.default
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(recipe)
         if field.default is not MISSING or field.default_factory is not MISSING
     }

@@ -52,7 +52,7 @@ def restore(
     cosine falls with the Hamming distance.
     """
     if precision in ("binary", "ubinary"):
-        packed = stored.view(np.uint8) ^ 0x80 if precision == "binary" else stored
+        packed = stored.view(np.uint8) ^ np.uint8(0x80 if precision == "binary" else 0)
         return torch.from_numpy(np.unpackbits(packed, axis=-1)[:, :width].astype(np.float32) * 2 - 1)
     array = torch.from_numpy(stored.astype(np.float32))
     if precision == "float32" or ranges is None:

@@ -44,6 +44,7 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     teacher = str(record["teacher"])
+    names: dict[str, Any] = {"license": license} if license else {**_license(provenance.teacher)}
     data = ModelCardData(
         model_name=student.name,
         library_name="sentence-transformers",
@@ -51,7 +52,7 @@ def model_card(
         tags=["sentence-transformers", "feature-extraction", "distill", "knowledge-distillation"],
         base_model=teacher if "/" in teacher and not Path(teacher).exists() else None,
         eval_results=[*_results(scores)] or None if scores else None,
-        **({"license": license} if license else _license(provenance.teacher)),
+        **names,
     )
     commit = f" at commit `{record['teacher_commit']}`" if record["teacher_commit"] else ""
     sections = [

@@ -188,7 +188,7 @@ def _graph(student: Encoder, *, int8: bool) -> nn.Module:
     backbone, head = copy.deepcopy(student.backbone).cpu().float(), copy.deepcopy(student.head).cpu().float()
     for layer in head if int8 else ():
         if isinstance(layer, Dense):
-            layer.linear = _Int8Linear(layer.linear)
+            layer.linear = _Int8Linear(layer.linear)  # type: ignore[assignment]
     if isinstance(backbone, StaticTable):
         table = backbone.folded()
         return _TableGraph(_Int8Rows(table) if int8 else nn.Embedding.from_pretrained(table), head).eval()
