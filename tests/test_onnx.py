@@ -125,6 +125,28 @@ def test_a_student_that_differs_is_not_written(exported: Any, tmp_path: Path, mo
 
 
 @runtime
+def test_sums_of_whole_numbers_do_not_saturate(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Large weights of one sign under large activations of one sign: the worst case of a processor without VNNI."""
+    student = Encoder.from_pretrained(tiny_model("bert", layers=1))
+    layer = student.backbone.model.encoder.layer[0]
+    with torch.no_grad():
+        layer.intermediate.dense.bias.fill_(4.0)  # gelu lets it through
+        layer.output.dense.weight.abs_().clamp_(min=0.2)
+    _, small = export_onnx(student, tmp_path, tiny.SENTENCES, int8=True)
+    assert small.mean_cosine > 0.99
+
+
+@runtime
+def test_int8_that_is_another_model_is_not_written(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx, "LEAST_COSINE", 1.1)
+    with pytest.raises(NumericsError, match="Leave out --int8"):
+        export_onnx(exported("static")[0], tmp_path, TEXTS, int8=True)
+    assert not [*tmp_path.iterdir()]
+
+
+@runtime
 def test_the_command_writes_files_and_a_section_of_the_card(exported: Any, tmp_path: Path, capsys: Any) -> None:
     folder = tmp_path / "student"
     exported("static")[0].save_pretrained(folder)
