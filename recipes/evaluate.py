@@ -7,6 +7,7 @@ A difference has a 95 % interval and a p-value: means by sign flips, rank correl
 Results on your own files lie below OUTPUT/mteb in the form of MTEB's, too; --mteb runs its own tasks, where the Hub is reachable.
 
 accelerate launch recipes/evaluate.py --models runs/mine/student other/model --texts held-out.jsonl
+
 python recipes/evaluate.py --models runs/mine/student --mteb STSBenchmark SciFact
 """
 
