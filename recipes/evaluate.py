@@ -4,7 +4,7 @@ Texts alone are enough for fidelity to the teacher: on all of them, by length, a
 
 A difference has a 95 % interval and a p-value: means by sign flips, rank correlations by the bootstrap.
 
-Results on your own files lie below OUTPUT/mteb in the form of MTEB's, too; --mteb runs its own tasks, where the Hub is reachable.
+Results lie below OUTPUT/mteb in MTEB's form, too; --mteb runs MTEB's own tasks, where the Hub is reachable.
 
 accelerate launch recipes/evaluate.py --models runs/mine/student other/model --texts held-out.jsonl
 
