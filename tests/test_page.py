@@ -290,7 +290,11 @@ def test_the_verdict_is_one_sentence_that_says_what_counts_first() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "begins"),
     [
-        (-0.2, -0.1, "Training made this student worse than its untrained start: it shares 50 %"),
+        (
+            -0.2,
+            -0.1,
+            "Training made this student worse than its untrained start in neighbour overlap@10: it shares 50 %",
+        ),
         (
             -0.1,
             0.1,
@@ -302,6 +306,10 @@ def test_the_verdict_is_one_sentence_that_says_what_counts_first() -> None:
 def test_the_verdict_warns_of_a_training_that_did_not_help(low: float, high: float, begins: str) -> None:
     gain = {"value": (low + high) / 2, "low": low, "high": high}
     assert judged(gains={"neighbour overlap@10": gain}).startswith(begins)
+    near = {"neighbour overlap@10": {"value": 0.1, "low": 0.05, "high": 0.15}}
+    labelled = judged(gains=near | {"ndcg@10": gain}, retention={"student": {"ndcg@10": 0.9}})
+    assert labelled.startswith("Training made this student worse than its untrained start in ndcg@10") == (high < 0)
+    assert labelled.startswith("This student keeps 90 %") == (high > 0)  # unclear by labels, but nearer to the teacher
 
 
 # Charts

@@ -11,9 +11,10 @@ from distill.page.words import Report, Score, Speed, known
 
 LABELS = {
     STUDENT + INDEX: "student, teacher’s index",
+    START + INDEX: "untrained start, teacher’s index",
     STUDENT + MIXED: "student, mixed index",
     STUDENT: "student, own index",
-    START: "untrained start",
+    START: "untrained start, own index",
 }
 ON_THEIR_OWN = {STUDENT: "student", START: "untrained start"}
 TONES = {STUDENT: "student", START: "start", "teacher": "teacher"}
@@ -28,7 +29,7 @@ def retention(report: Report) -> Rows | None:
     indexed = any(systems[name] for name in (STUDENT + INDEX, STUDENT + MIXED))
     labels = LABELS if indexed else LABELS | ON_THEIR_OWN
     groups = [
-        [(labels[name], TONES.get(name, "student"), row[metric]) for name, row in systems.items() if metric in row]
+        [(labels[name], _tone(name), row[metric]) for name, row in systems.items() if metric in row]
         for metric in metrics
     ]
     return share_bars(
@@ -154,6 +155,11 @@ def size_bars(systems: Mapping[str, tuple[str, Speed]]) -> Rows:
 
 
 # Parts
+
+
+def _tone(system: str) -> str:
+    """The same wherever a system searches."""
+    return TONES[system.partition(" -> ")[0]]
 
 
 def _whole(report: Report, system: str) -> Mapping[str, Any]:

@@ -154,15 +154,14 @@ def size_and_speed(speeds: Mapping[str, Speed], student: str) -> tuple[float, fl
 
 
 def _training_failed(report: Report) -> str:
-    """Of what training changed, the scores that count: those kept of the teacher, else the neighbours."""
-    gains = report.get("gains", {})
-    counted = [gains[metric] for metric in headline(kept(report, STUDENT)) if known(gains.get(metric))]
-    counted = counted or [gains[m] for m in ("neighbour overlap@10", "cosine to teacher") if known(gains.get(m))][:1]
-    if not counted:
-        return ""
-    if any(gain["high"] < 0 for gain in counted):
-        return f"Training made this student worse than its {START}"
-    if all(gain["low"] <= 0 <= gain["high"] for gain in counted):
+    """Worse in a score that counts: one kept of the teacher, else its neighbours; or no better in any that was compared."""
+    gains = {metric: gain for metric, gain in report.get("gains", {}).items() if known(gain)}
+    counted = [metric for metric in headline(kept(report, STUDENT)) if metric in gains]
+    counted = counted or [metric for metric in ("neighbour overlap@10", "cosine to teacher") if metric in gains][:1]
+    worse = [metric for metric in counted if gains[metric]["high"] < 0]
+    if worse:
+        return f"Training made this student worse than its {START} in {joined(worse)}"
+    if gains and not any(gain["low"] > 0 for gain in gains.values()):
         return f"Training this student gained nothing that stands out from chance over its {START}"
     return ""
 
