@@ -62,7 +62,13 @@ def summary(run: Run, scores: Scores) -> str:
 
 def retention(scores: Scores, system: str) -> dict[str, float]:
     """The share of each of the teacher's scores that a system keeps."""
-    return {metric: share.value for metric, share in scores.kept(system).items()}
+    teacher, row = scores.table["teacher"], scores.table.get(system, {})
+    shares = {
+        metric: row[metric].interval.value / score.interval.value
+        for metric, score in teacher.items()
+        if metric in row and score.interval.value > 0
+    }
+    return {metric: share for metric, share in shares.items() if math.isfinite(share)}
 
 
 def gains(scores: Scores) -> dict[str, Interval]:

@@ -121,9 +121,9 @@ class Scores:
         """What `system` keeps of another's score on the same rows: the ratio of the two, with its paired bootstrap interval."""
         mine, whole = self.of(system)[metric], self.of(of)[metric]
         if mine.values is not None and whole.values is not None:
-            return bootstrap_interval(mine.values, whole.values, statistic=_mean_share)
+            return bootstrap_interval(mine.values, whole.values, statistic=_mean_share, counted=_counted_mean_share)
         if mine.ranked is not None and whole.ranked is not None:
-            return bootstrap_interval(*mine.ranked, *whole.ranked, statistic=_rank_share)
+            return bootstrap_interval(*mine.ranked, *whole.ranked, statistic=_rank_share, counted=_counted_rank_share)
         value = mine.interval.value / whole.interval.value if whole.interval.value else math.nan
         return Interval(value=value, low=math.nan, high=math.nan)
 
@@ -251,6 +251,16 @@ def _counted_difference(
     counts: Tensor, first: Tensor, first_reference: Tensor, second: Tensor, second_reference: Tensor
 ) -> Tensor:
     return spearman_counted(counts, first, first_reference) - spearman_counted(counts, second, second_reference)
+
+
+def _counted_mean_share(counts: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return counts @ first / (counts @ second)
+
+
+def _counted_rank_share(
+    counts: Tensor, first: Tensor, first_reference: Tensor, second: Tensor, second_reference: Tensor
+) -> Tensor:
+    return spearman_counted(counts, first, first_reference) / spearman_counted(counts, second, second_reference)
 
 
 def _by_rows(score: Score) -> bool:
