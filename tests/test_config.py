@@ -138,6 +138,15 @@ def test_evaluation_data_is_read_by_name_and_a_mistake_in_a_file_shows(tmp_path:
     (tmp_path / "sts.v2.csv").write_text("a one,a two,3.5\nb one,b two,1\n")
     data = EvaluationConfig(sts=(str(tmp_path / "sts.v2.csv"),)).load(["held out"], role="document")
     assert (list(data.pairs), data.texts, data.role) == (["sts"], ["held out"], "document")
+    names = {
+        "corpus": "docs.jsonl.gz",
+        "queries": "q",
+        "qrels": "r",
+        "classify_train": "a.csv",
+        "classify_test": "b.csv",
+    }
+    tasks = EvaluationConfig(sts=("sts.v2.csv",), **names).tasks()
+    assert tasks == ["sts spearman", "b accuracy", "docs ndcg@10", "docs recall@10"]
     with pytest.raises(DataError, match=r"absent\.csv"):
         EvaluationConfig(sts=(str(tmp_path / "absent.csv"),)).load([])
 

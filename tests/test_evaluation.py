@@ -28,6 +28,7 @@ from distill.evaluation import (
     mixed_index,
     retrieval,
     similarity_pairs,
+    task_scores,
 )
 from distill.evaluation.speed import FIRST, speeds
 from distill.metrics import Interval
@@ -209,6 +210,8 @@ def test_evaluate_scores_all_systems_and_the_teacher_runs_once(
     ]
     metrics = {"docs ndcg@10", "docs recall@10", "sts spearman", "intents accuracy"}
     assert set(first.table["teacher"]) == metrics
+    assert set(task_scores(pairs=data.pairs, retrieval=data.retrieval, labelled=data.labelled)) == metrics
+    assert task_scores(retrieval=[""]) == ["ndcg@10", "recall@10"]
     fidelities = {"cosine to teacher", "neighbour overlap@10", "similarity spearman"}
     assert set(first.table["student"]) == metrics | fidelities
     assert set(first.table["student -> teacher's index"]) == {"docs ndcg@10", "docs recall@10"}
