@@ -16,7 +16,7 @@ from distill.embed import embed, embed_vocabulary
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData, task_scores
-from distill.narrow import Space, narrow
+from distill.narrow import Space, narrow, require_narrower
 from distill.quantized import TableFormat
 from distill.store import Store, packed, text_keys
 
@@ -78,6 +78,10 @@ class StudentConfig:
     """Frequent words of the texts that become tokens of a static student, of those that take several now."""
     table: TableFormat = "float32"
     """How a static student's folder holds its table. float16 opens anywhere; int8, a quarter of the bytes, where distill is installed."""
+    intermediate: int | None = None
+    """Feed-forward neurons that stay in each layer of kept layers or of a pretrained model, chosen by 256 texts; None: all."""
+    heads: int | None = None
+    """Attention heads that stay in each layer, likewise; only of classes whose config can name fewer (Qwen, Llama, Gemma)."""
     space: int | None = None
     """Numbers a vector in a narrower space, the teacher's first principal directions; an index is turned to it. None: the teacher's."""
 
@@ -102,11 +106,35 @@ class StudentConfig:
             raise RecipeError("--student.vocabulary, --student.words and --student.table are of --student.kind static.")
         if self.characters == "seen" and self.vocabulary is None:
             raise RecipeError("--student.characters is of --student.vocabulary, the number of tokens that stay.")
+        if self.kind not in ("layers", "pretrained") and (self.intermediate or self.heads) is not None:
+            raise RecipeError(
+                f"--student.intermediate and --student.heads prune a transformer that is there: --student.kind layers or "
+                f"pretrained; got kind {self.kind}, which is made as small as it is asked to be."
+            )
+        if self.kind == "static" and self.space is not None and (self.width or 0) > self.space:
+            raise RecipeError(f"--student.width is at most --student.space {self.space}, got {self.width}.")
+        at_least(1, "--student.intermediate", self.intermediate)
+        at_least(1, "--student.heads", self.heads)
         at_least(1, "--student.vocabulary", self.vocabulary)
         at_least(0, "--student.words", self.words)
         at_least(1, "--student.space", self.space)
         at_least(1, "--student.depth", self.depth)
         at_least(1, "--student.width", self.width)
+
+    def check(self, teacher: Encoder) -> None:
+        """RecipeError for a student that cannot be made of this teacher: before its vectors are computed, not hours later."""
+        if self.space is not None:
+            require_narrower(teacher, self.space)
+        if self.kind == "static":
+            students.require_width(teacher, self.width or 1)
+        elif self.kind == "tiny":
+            students.require_sizes(teacher, self.depth or 2, self.width or min(128, teacher.width))
+        else:
+            source = self._source(teacher)
+            if self.kind == "layers":
+                students.layer_numbers(source, (self.depth if self.layers == "auto" else self.layers) or 3)
+            if self.intermediate is not None or self.heads is not None:
+                students.require_units(source, self.intermediate, self.heads)
 
     def enter(self, teacher: Encoder, store: Store, texts: list[str] | Mapping[str, list[str]]) -> Space:
         """Where the student is to live: the teacher's own space, or fewer of its directions, with the store turned to them."""
@@ -129,19 +157,28 @@ class StudentConfig:
                 f"--student.space {self.space} is for the recipes that enter it before they build the student "
                 f"(StudentConfig.enter); this one builds it in the teacher's {teacher.width} numbers."
             )
+        fitted = self.projection == "ridge"
         if self.kind == "static":
             student = self._static(teacher, store, everything)
         elif self.kind == "layers":
-            source = teacher if self.name is None else _in_the_space_of(teacher, self.name)
-            student = self._some_layers(source, teacher, store, texts)
+            student = self._some_layers(self._source(teacher), teacher, store, texts)
         elif self.kind == "tiny":
             vectors = embed_vocabulary(teacher, store.path)
             width, layers = self.width or min(128, teacher.width), self.depth or 2
             student = students.tiny(teacher, layers=layers, width=width, token_vectors=vectors, texts=everything)
         else:
-            student = students.pretrained(str(self.name), teacher)
+            source = self._source(teacher)
+            student = students.pretrained(source, teacher)
+            fitted |= source.full_width != teacher.width
         student.to(teacher.device)
-        if self.projection == "ridge" or (self.kind == "pretrained" and student.width != student.backbone.width):
+        if self.intermediate is not None or self.heads is not None:
+            some, vectors = _spread(texts, teacher, store)
+            if fitted:  # to those few first: what goes is judged by the teacher's vectors
+                students.fit_projection(student, some, vectors)
+            student = students.prune(
+                student, intermediate=self.intermediate, heads=self.heads, texts=some, vectors=vectors
+            )
+        if fitted:
             students.fit_projection(student, texts, lambda some, role: store.vectors(some, prompt=teacher.prompt(role)))
         if self.kind in ("layers", "pretrained") and not self.train_token_table:
             students.freeze_token_table(student)
@@ -160,6 +197,20 @@ class StudentConfig:
         student = students.static(teacher, width=self.width or min(256, teacher.width), **options)
         students.quantize(student, self.table)
         return student
+
+    def _source(self, teacher: Encoder) -> Encoder:
+        """The model that the student is a part of, or starts as: the teacher, a student of an earlier run, or another model."""
+        if self.name is None:
+            return teacher
+        distributed.main_first(partial(_fetch, self.name, None))
+        source = Encoder.from_pretrained(self.name).to(teacher.device)
+        width = self.space or teacher.width
+        if self.kind == "layers" and source.width != width:
+            raise RecipeError(
+                f"--student.kind layers keeps layers of a student of the same teacher: {self.name} has width {source.width}, "
+                f"the teacher {width}. Start from it with --student.kind pretrained."
+            )
+        return source
 
     def _some_layers(
         self, source: Encoder, teacher: Encoder, store: Store, texts: list[str] | Mapping[str, list[str]]
@@ -190,18 +241,6 @@ def _spread(
     }
     vectors = torch.cat([store.vectors(part, prompt=teacher.prompt(role or None)) for role, part in some.items()])
     return some if isinstance(texts, Mapping) else some[""], vectors
-
-
-def _in_the_space_of(teacher: Encoder, name: str) -> Encoder:
-    """A model that emits vectors of the teacher's space: a student of an earlier run, on the way to a smaller one."""
-    distributed.main_first(partial(_fetch, name, None))
-    source = Encoder.from_pretrained(name).to(teacher.device)
-    if source.width != teacher.width:
-        raise RecipeError(
-            f"--student.kind layers keeps layers of a student of the same teacher: {name} has width {source.width}, the "
-            f"teacher {teacher.width}. Start from it with --student.kind pretrained."
-        )
-    return source
 
 
 @dataclass(frozen=True, kw_only=True)

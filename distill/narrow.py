@@ -81,8 +81,7 @@ def narrow(teacher: Encoder, store: Store, texts: Texts, width: int) -> Space:
     and a smaller width is the beginning of a larger one. Every row of the store is turned, once.
     Cost: one pass over the stored vectors, O(n e^2 + e^3) FLOP, O(e^2) memory. Every process calls it.
     """
-    if not 1 <= width < teacher.width:
-        raise RecipeError(f"a narrower space than {teacher.name}'s has 1..{teacher.width - 1} directions, got {width}.")
+    require_narrower(teacher, width)
     path = store.path / NAME
     if not distributed.main_first(path.exists):
         distributed.main_first(partial(_fit, teacher, store, texts, path))
@@ -98,6 +97,12 @@ def narrow(teacher: Encoder, store: Store, texts: Texts, width: int) -> Space:
     distributed.main_first(partial(_turn_store, store, cut, directions, turned))
     sample = _sample(teacher, store, texts)
     return Space(cut, Store.open(turned), directions, keeps(sample, directions))
+
+
+def require_narrower(teacher: Encoder, width: int) -> None:
+    """RecipeError for a width that no narrower space of this teacher has."""
+    if not 1 <= width < teacher.width:
+        raise RecipeError(f"a narrower space than {teacher.name}'s has 1..{teacher.width - 1} directions, got {width}.")
 
 
 def turn(vectors: Float[Tensor, "n e"], directions: Float[Tensor, "d e"]) -> Float[Tensor, "n d"]:

@@ -73,6 +73,8 @@ def main(recipe: Recipe) -> None:
     cli.say(f"{read.report}; {len(held_out):,} held out")
 
     teacher = recipe.teacher.load()
+    for one in variants.values():
+        one.student.check(teacher)
     store = embed(texts, teacher, recipe.store)
     runs: dict[str, list[Run]] = {name: [] for name in variants}
     scores: list[Scores] = []

@@ -85,6 +85,7 @@ def main(recipe: Recipe) -> None:
     cli.say(f"{read.report}; {len(held_out):,} held out; {recipe.minutes:g} minutes each")
 
     teacher = recipe.teacher.load()
+    recipe.student.check(teacher)
     store = embed(texts, teacher, recipe.store)
     provenance = Provenance(teacher=teacher, data=str(read.report), loss=repr(recipe.loss))
     found: dict[str, list[Trained]] = {}

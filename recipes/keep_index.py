@@ -86,6 +86,7 @@ def main(recipe: Recipe) -> None:
     cli.say(f"{read.report}; {len(held_out):,} held out; {len(texts.get('query', [])):,} queries")
 
     teacher = recipe.teacher.load()
+    recipe.student.check(teacher)
     teacher.prompts |= recipe.sides.of_teacher()
     texts, data = recipe.sides.cut(texts, data, teacher)
     for role, some in texts.items():

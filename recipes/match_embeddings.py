@@ -63,6 +63,7 @@ def main(recipe: Recipe) -> None:
     cli.say(f"{read.report}; {len(held_out):,} held out")
 
     teacher = recipe.teacher.load()
+    recipe.student.check(teacher)
     store = embed(texts, teacher, recipe.store, store_as=recipe.store_as)
     space = recipe.student.enter(teacher, store, texts)
     teacher, store = space.teacher, space.store

@@ -4,16 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distill import students
 from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, hold_out
 from distill.data import load_texts
 from distill.embed import embed
 from distill.encoder import Encoder
-from distill.errors import DataError, RecipeError
+from distill.errors import DataError, DistillError, RecipeError
+from distill.similarity import pairwise_cosine
+from distill.store import Store
 
 
 @pytest.mark.parametrize(
@@ -26,6 +30,14 @@ from distill.errors import DataError, RecipeError
         (StudentConfig, {"kind": "layers", "layers": (1, 0)}, "rising numbers from 0, got 1 0"),
         (StudentConfig, {"kind": "layers", "layers": (0, 0)}, "rising numbers"),
         (StudentConfig, {"kind": "layers", "layers": (-1, 0)}, "rising numbers"),
+        (
+            StudentConfig,
+            {"intermediate": 8},
+            "--student.intermediate and --student.heads prune a transformer .* got kind static",
+        ),
+        (StudentConfig, {"kind": "tiny", "heads": 2}, "got kind tiny, which is made as small as it is asked to be"),
+        (StudentConfig, {"kind": "layers", "intermediate": 0}, "--student.intermediate is 1 or more, got 0"),
+        (StudentConfig, {"width": 16, "space": 8}, "--student.width is at most --student.space 8, got 16"),
         (StudentConfig, {"width": 0}, "--student.width is 1 or more, got 0"),
         (TeacherConfig, {"max_length": 0}, "--teacher.max-length is 1 or more, got 0"),
         (EvaluationConfig, {"corpus": "x"}, "--evaluation.corpus, --evaluation.queries, --evaluation.qrels belong"),
@@ -95,6 +107,85 @@ def test_a_student_of_another_space_is_no_first_hop(tiny_bert: Path, tiny_bert_c
         config.build(teacher, store, tiny.SENTENCES)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 33}, r"has width 1\.\.32, got 33"),
+        ({"kind": "tiny", "width": 4}, r"width 8 or more.*got layers=2, width=4"),
+        ({"kind": "layers", "layers": (0, 6)}, r"bert has layers 0\.\.5; asked to keep \(0, 6\)"),
+        ({"kind": "layers", "layers": "auto", "depth": 7}, r"bert has layers 0\.\.5; asked to keep 7"),
+        ({"kind": "layers", "intermediate": 65}, "BertModel has 64 feed-forward neurons in a layer; asked to keep 65"),
+        ({"kind": "layers", "heads": 2}, "BertModel: the width of a head is hidden_size"),
+        ({"kind": "pretrained", "name": "{qwen}", "heads": 3}, "heads go in groups of 2"),
+        ({"kind": "layers", "name": "{qwen}", "layers": (4,)}, r"qwen has layers 0\.\.3; asked to keep \(4,\)"),
+        ({"kind": "pretrained", "name": "no/such"}, "no/such"),
+        ({"space": 32}, r"bert's has 1\.\.31 directions, got 32"),
+    ],
+)
+def test_what_this_teacher_cannot_give_is_refused_before_it_embeds(
+    tiny_bert: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    named = {name: str(tiny_qwen) if value == "{qwen}" else value for name, value in options.items()}
+    with pytest.raises(DistillError, match=message):
+        StudentConfig(**named).check(TeacherConfig(name=str(tiny_bert)).load())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kind": "tiny"}, {"kind": "layers", "layers": "auto"}, {"kind": "layers", "intermediate": 64}, {"space": 31}],
+)
+def test_what_this_teacher_can_give_is_not(tiny_bert: Path, options: dict[str, Any]) -> None:
+    StudentConfig(**options).check(TeacherConfig(name=str(tiny_bert)).load())
+
+
+def pruned(folder: Path, path: Path, texts: list[str], **options: Any) -> tuple[Encoder, Encoder, float]:
+    """A pruned student, what it is pruned from, and its mean cosine to the teacher."""
+    teacher = TeacherConfig(name=str(folder)).load()
+    store = embed(texts, teacher, path)
+    whole = StudentConfig(**{name: value for name, value in options.items() if name not in ("intermediate", "heads")})
+    small = StudentConfig(**options).build(teacher, store, texts)
+    cosine = pairwise_cosine(small.encode(texts), store.vectors(texts, prompt=teacher.prompt(None))).mean()
+    return small, whole.build(teacher, store, texts), float(cosine)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "layers", "layers": (0, 5)},
+        {"kind": "layers", "layers": (0, 5), "projection": "ridge"},
+        {"kind": "layers", "layers": "auto", "depth": 2},
+        {"kind": "pretrained", "name": "{cls}"},
+    ],
+)
+def test_neurons_are_pruned_by_what_the_teacher_says(
+    tiny_bert: Path, tiny_bert_cls: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """With the texts and vectors that the prune itself is given: the same student as by hand, then fitted."""
+    named = {name: str(tiny_bert_cls) if value == "{cls}" else value for name, value in options.items()}
+    texts = runs.texts(60)
+    small, whole, cosine = pruned(tiny_bert, tmp_path / "store", texts, intermediate=16, **named)
+    assert small.backbone.model.config.intermediate_size == 16
+    assert small.backbone.model.config.num_hidden_layers == whole.backbone.model.config.num_hidden_layers == 2
+    assert small.name == f"{whole.name}-ff16"
+    assert not small.backbone.model.get_input_embeddings().weight.requires_grad
+    by_hand = students.prune(whole, intermediate=16, texts=texts, vectors=Store.open(tmp_path / "store").vectors(texts))
+    if options["kind"] == "pretrained" or "projection" in options:  # fitted again, to the smaller student
+        plain = float(pairwise_cosine(by_hand.encode(texts), Store.open(tmp_path / "store").vectors(texts)).mean())
+        assert cosine > plain
+    else:
+        assert small.fingerprint() == by_hand.fingerprint()
+    small.save_pretrained(tmp_path / "small")
+    torch.testing.assert_close(Encoder.from_pretrained(tmp_path / "small").encode(texts), small.encode(texts))
+
+
+def test_heads_are_pruned_where_the_class_allows_it(tiny_qwen: Path, tmp_path: Path) -> None:
+    options = {"kind": "layers", "layers": (0, 1, 3), "heads": 2, "intermediate": 32}
+    small, _, _ = pruned(tiny_qwen, tmp_path / "store", runs.texts(40), **options)
+    config = small.backbone.model.config
+    assert (config.num_attention_heads, config.intermediate_size, config.num_hidden_layers) == (2, 32, 3)
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_the_token_table_of_a_transformer_is_trained_on_demand(tiny_bert: Path, tmp_path: Path, train: bool) -> None:
     teacher = TeacherConfig(name=str(tiny_bert)).load()
@@ -110,7 +201,10 @@ def test_a_pretrained_student_is_fitted_to_texts_that_are_stored_by_role(tmp_pat
     for role, some in texts.items():
         store = embed(some, teacher, tmp_path / "store", role=role)
     student = StudentConfig(kind="pretrained", name=str(tiny_bert_cls)).build(teacher, store, texts)
-    assert student.width == teacher.width
+    assert (student.width, student.name) == (teacher.width, "prompted-bert_cls_dense")
+    expected = students.pretrained(tiny_bert_cls, teacher)
+    students.fit_projection(expected, texts, lambda some, role: store.vectors(some, prompt=teacher.prompt(role)))
+    assert student.fingerprint() == expected.fingerprint(), "fitted, though it is as wide as its own transformer"
 
 
 @given(

@@ -2,13 +2,13 @@
 
 from distill.students.choosing import choose_layers
 from distill.students.from_model import pretrained
-from distill.students.layers import freeze_token_table, keep_layers
+from distill.students.layers import freeze_token_table, keep_layers, layer_numbers
 from distill.students.projection import fit_projection
-from distill.students.pruning import prune
+from distill.students.pruning import prune, require_units
 from distill.students.quantizing import TableCost, quantize
 from distill.students.summary import describe
-from distill.students.tiny import tiny
-from distill.students.token_table import static
+from distill.students.tiny import require_sizes, tiny
+from distill.students.token_table import require_width, static
 from distill.students.vocabulary import Vocabulary, fit_vocabulary
 
 __all__ = [
@@ -20,9 +20,13 @@ __all__ = [
     "fit_vocabulary",
     "freeze_token_table",
     "keep_layers",
+    "layer_numbers",
     "pretrained",
     "prune",
     "quantize",
+    "require_sizes",
+    "require_units",
+    "require_width",
     "static",
     "tiny",
 ]

@@ -8,12 +8,15 @@ from distill.modules import Dense, Normalize
 from distill.students.summary import named
 
 
-def pretrained(name: str | Path, teacher: Encoder, **options: Any) -> Encoder:
-    """Another model as the start, with a Dense layer to the teacher's width if its own differs. `options` as Encoder.from_pretrained."""
-    student = Encoder.from_pretrained(name, **options)
+def pretrained(name: str | Path | Encoder, teacher: Encoder, **options: Any) -> Encoder:
+    """Another model as the start, with a Dense layer to the teacher's width if its own differs: fit that by `fit_projection`.
+
+    `options` as Encoder.from_pretrained. Of an Encoder that is given itself the weights are shared, not copied.
+    """
+    student = name if isinstance(name, Encoder) else Encoder.from_pretrained(name, **options)
     head = [layer for layer in student.head if isinstance(layer, Dense)]
     if student.full_width != teacher.width:
         head.append(Dense(student.full_width, teacher.width))
     parts = vars(student.parts()) | {"head": [*head, Normalize()]}
     start = Encoder(**parts, compute_dtype=student.compute_dtype, commit=student.commit)
-    return named(start, Path(str(name)).name, teacher)
+    return named(start, Path(student.name).name, teacher)

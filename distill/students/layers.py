@@ -40,12 +40,7 @@ def keep_layers(
         layers = _chosen(teacher, count, texts, vectors, projection)
     elif texts is not None or vectors is not None:
         raise RecipeError(f'texts and vectors choose layers for layers="auto"; got layers={layers!r} as well.')
-    path, total = layer_list(model, teacher.name)[0], model.config.num_hidden_layers
-    kept = [*range(layers - 1), total - 1][: max(0, layers)] if isinstance(layers, int) else list(layers)
-    if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < total:
-        raise RecipeError(
-            f"{teacher.name} has layers 0..{total - 1}; asked to keep {layers}. Name rising numbers, or a count."
-        )
+    path, kept = layer_list(model, teacher.name)[0], layer_numbers(teacher, layers)
     student = with_model(teacher, with_layers(model, path, kept, teacher.name))
     _check_same(teacher, student, path, kept)
     if projection:
@@ -56,6 +51,17 @@ def keep_layers(
         )
         nn.init.eye_(last_linear(student).weight)
     return named(student, f"layers-{'-'.join(map(str, kept))}", teacher)
+
+
+def layer_numbers(teacher: Encoder, layers: int | Sequence[int]) -> list[int]:
+    """The layers that `keep_layers` keeps, from 0. RecipeError if the teacher has none, or not these."""
+    total = len(layer_list(transformer_of(teacher).model, teacher.name)[1])
+    kept = [*range(layers - 1), total - 1][: max(0, layers)] if isinstance(layers, int) else list(layers)
+    if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < total:
+        raise RecipeError(
+            f"{teacher.name} has layers 0..{total - 1}; asked to keep {layers}. Name rising numbers, or a count."
+        )
+    return kept
 
 
 def freeze_token_table(student: Encoder) -> None:

@@ -78,6 +78,16 @@ def prune(
     return named(pruned, "-".join(sizes), student)
 
 
+def require_units(student: Encoder, intermediate: int | None, heads: int | None) -> None:
+    """RecipeError for what `prune` cannot leave of a student. Costs nothing: no text is read."""
+    model = transformer_of(student).model
+    layer = layer_list(model, student.name)[1][0]
+    if intermediate is not None:
+        _feed_forward(model, layer, intermediate)
+    if heads is not None:
+        _attention(model, layer, heads)
+
+
 def _feed_forward(model: Any, layer: nn.Module, wanted: int) -> _Units:
     names: dict[str, Any] = dict(layer.named_modules())
     found = [(makers, reader) for makers, reader in _FEED_FORWARD if {*makers, reader} <= set(names)]

@@ -42,11 +42,7 @@ def tiny(
     `token_vectors` and `texts` are as in `static`; `max_length` is the teacher's, at most 512. No dropout. 30,000 tokens at
     width 128 are 4.4M parameters.
     """
-    if layers < 1 or width < 8 or read_width(width) > teacher.width:
-        raise RecipeError(
-            f"a tiny student of {teacher.name} has 1 layer or more and width 8 or more, of which the Dense layer reads at most "
-            f"{teacher.width}; got {layers=}, {width=}, of which it reads {read_width(width)}."
-        )
+    require_sizes(teacher, layers, width)
     start = static(teacher, width=read_width(width), token_vectors=token_vectors, texts=texts)
     length = min(teacher.max_length, LONGEST) if max_length is None else max_length
     if not teacher.special_token_count < length <= teacher.max_length:
@@ -67,6 +63,16 @@ def tiny(
     with torch.no_grad():
         last_linear(student).weight.copy_(last_linear(start).weight @ basis[:, -read_width(width) :].T / scale)
     return named(student, f"tiny-{layers}x{width}", teacher)
+
+
+def require_sizes(teacher: Encoder, layers: int, width: int) -> None:
+    """RecipeError for layers and a width that a tiny student of this teacher cannot have."""
+    teacher.require_transformer()
+    if layers < 1 or width < 8 or read_width(width) > teacher.width:
+        raise RecipeError(
+            f"a tiny student of {teacher.name} has 1 layer or more and width 8 or more, of which the Dense layer reads at most "
+            f"{teacher.width}; got {layers=}, {width=}, of which it reads {read_width(width)}."
+        )
 
 
 def read_width(width: int) -> int:

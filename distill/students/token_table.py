@@ -36,7 +36,7 @@ def static(
     `token_vectors` are `embed.embed_vocabulary`'s, by the teacher's ids, and `word_vectors` the teacher's of
     `vocabulary.words`; what is not given the teacher computes here.
     """
-    teacher.require_transformer()
+    require_width(teacher, width)
     if vocabulary is not None and not isinstance(vocabulary, Vocabulary):
         texts = vocabulary if texts is None else texts
         vocabulary = fit_vocabulary(teacher, vocabulary)
@@ -44,11 +44,16 @@ def static(
     if vocabulary is not None:
         words = teacher.encode(vocabulary.words, progress="words") if word_vectors is None else word_vectors
         vectors = vocabulary.vectors(vectors, words)
-    if not 1 <= width <= vectors.shape[1]:
-        raise RecipeError(f"a static student of {teacher.name} has width 1..{vectors.shape[1]}, got {width}.")
     tokenizer = bare_tokenizer(teacher) if vocabulary is None else vocabulary.tokenizer
     kind = f"static-{width}" + ("" if vocabulary is None else f"-{len(vocabulary)}-tokens")
     return named(_built(teacher, tokenizer, vectors, width, texts), kind, teacher)
+
+
+def require_width(teacher: Encoder, width: int) -> None:
+    """RecipeError for a width that a static student of this teacher cannot have, or for a teacher that is static itself."""
+    teacher.require_transformer()
+    if not 1 <= width <= teacher.width:
+        raise RecipeError(f"a static student of {teacher.name} has width 1..{teacher.width}, got {width}.")
 
 
 def _built(
