@@ -145,11 +145,21 @@ class StudentConfig:
             print(f"{space.kept}\nthe turned vectors are in {space.store.path}", flush=True)
         return space
 
-    def build(self, teacher: Encoder, store: Store, texts: list[str] | Mapping[str, list[str]]) -> Encoder:
+    def build(
+        self,
+        teacher: Encoder,
+        store: Store,
+        texts: list[str] | Mapping[str, list[str]],
+        *,
+        own: Store | None = None,
+    ) -> Encoder:
         """The student, untrained, on the teacher's device. The token vectors of a static one are kept in the store.
 
         `texts` are those of the training, by role as `training.match` takes them: {"query": [...], "document": [...]}.
+        `own` is the teacher's own store where `store` holds vectors of several: a student of another width than the
+        teacher's then ends in a layer that is fitted to them.
         """
+        own = store if own is None else own
         by_role = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
         everything = [text for _, some in by_role for text in some]
         if self.space not in (None, teacher.width):
@@ -159,11 +169,11 @@ class StudentConfig:
             )
         fitted = self.projection == "ridge"
         if self.kind == "static":
-            student = self._static(teacher, store, everything)
+            student = self._static(teacher, own, everything)
         elif self.kind == "layers":
-            student = self._some_layers(self._source(teacher), teacher, store, texts)
+            student = self._some_layers(self._source(teacher), teacher, own, texts)
         elif self.kind == "tiny":
-            vectors = embed_vocabulary(teacher, store.path)
+            vectors = embed_vocabulary(teacher, own.path)
             width, layers = self.width or min(128, teacher.width), self.depth or 2
             student = students.tiny(teacher, layers=layers, width=width, token_vectors=vectors, texts=everything)
         else:
@@ -171,6 +181,9 @@ class StudentConfig:
             student = students.pretrained(source, teacher)
             fitted |= source.full_width != teacher.width
         student.to(teacher.device)
+        if student.width != store.width:
+            students.lead_to(student, store.width)
+            fitted = True
         if self.intermediate is not None or self.heads is not None:
             some, vectors = _spread(texts, teacher, store)
             if fitted:  # to those few first: what goes is judged by the teacher's vectors

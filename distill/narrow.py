@@ -26,6 +26,7 @@ from distill.encoder import Encoder
 from distill.errors import DataError, DistillError, IntegrityError, RecipeError, ResourceError
 from distill.identity import recognize
 from distill.modules import Dense, Normalize, Truncate
+from distill.several import Several
 from distill.similarity import cosine_similarity_matrix, normalize
 from distill.store import Rows, Store
 from distill.store.compression import principal_directions, spread
@@ -62,14 +63,24 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """Where a student is to live: a teacher's space with its stored vectors; after `narrow`, d of its directions, (d, e)."""
+    """Where a student is to live: a teacher's space with its stored vectors; after `narrow`, d of its directions, (d, e).
+
+    Of several teachers, `store` holds their joined vectors, and `own` those of `teacher` alone.
+    """
 
     teacher: Encoder
     store: Store
     directions: Float[Tensor, "d e"] | None = None
     kept: Kept | None = None
+    several: Several | None = None
+
+    @property
+    def own(self) -> Store:
+        return self.store if self.several is None else Store.open(self.several.stores[0])
 
     def as_json(self) -> dict[str, Any] | None:
+        if self.several is not None:
+            return self.several.as_json()
         return None if self.kept is None else asdict(self.kept)
 
 

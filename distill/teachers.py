@@ -8,6 +8,8 @@
 
     python -m distill.teachers STORE STORE2 --method procrustes --weights 2 1 --output NEW
 
+`several.several` does the same from the texts themselves, and joins vectors of further texts, to be measured on.
+
 procrustes_mean: in the first teacher's space, so that its index stays. concatenate: every cosine is the weighted mean of
 the teachers', at the width of all of them. gram_average: nearly so, at a width of your choice; a space of its own.
 Any number of rows: two passes over the stores, O((sum of widths)^2) memory. All rows that are written have length 1.
@@ -18,9 +20,12 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from distill.alignment import generalised_procrustes, nearest_rotation, principal_directions
 from distill.data import load_texts
@@ -28,6 +33,9 @@ from distill.encoder import Encoder
 from distill.errors import DistillError, RecipeError
 from distill.store import Store, text_keys
 from distill.store.joining import Join, Joined, Sources, read_together, write_joined
+
+Method = Literal["procrustes", "concatenate", "gram"]
+Texts = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def concatenate(
@@ -50,7 +58,7 @@ def concatenate(
         return write_joined(sources, path, "concatenate", lambda: sources.side_by_side, whole)
     if not 0 < width <= whole:
         raise RecipeError(f"the teachers that count are {whole} wide together: width is 1..{whole}, got {width}.")
-    return write_joined(sources, path, "gram average", lambda: _principal(sources, width), width)
+    return write_joined(sources, path, "gram average", lambda: _by(principal_matrix(sources, width)), width)
 
 
 def gram_average(
@@ -85,10 +93,10 @@ def procrustes_mean(
     into it without loss; of a wider one the best subspace is kept. Rotations by `generalised_procrustes`.
     """
     sources = read_together(stores, weights, keys)
-    return write_joined(sources, path, "procrustes mean", lambda: _turned_mean(sources), stores[0].width)
+    return write_joined(sources, path, "procrustes mean", lambda: _by(turned_mean_matrix(sources)), stores[0].width)
 
 
-def keys_by_role(texts: Sequence[str] | Mapping[str, Sequence[str]], teacher: Encoder) -> np.ndarray:
+def keys_by_role(texts: Texts, teacher: Encoder) -> np.ndarray:
     """Keys (n, 2) of texts under a teacher's own prompts; texts by role, as `match` takes them, in the mapping's order.
 
     A text in two roles that the first teacher has one prompt for is joined once, in the role that comes first.
@@ -97,7 +105,24 @@ def keys_by_role(texts: Sequence[str] | Mapping[str, Sequence[str]], teacher: En
     return np.concatenate([text_keys(some, prompt=teacher.prompt(role)) for role, some in by_role])
 
 
-def _principal(sources: Sources, width: int) -> Join:
+def join_stores(
+    stores: Sequence[Store],
+    method: Method,
+    weights: Sequence[float] | None,
+    width: int | None,
+    keys: Sequence[np.ndarray] | None,
+    path: Path | None = None,
+) -> Joined:
+    if method == "procrustes":
+        return procrustes_mean(stores, path, weights=weights, keys=keys)
+    return concatenate(stores, path, weights=weights, width=width, keys=keys)
+
+
+def _by(matrix: Float[Tensor, "w e"]) -> Join:
+    return lambda units: torch.cat(units, dim=1) @ matrix
+
+
+def principal_matrix(sources: Sources, width: int) -> Float[Tensor, "w e"]:
     """Side by side, then the first `width` principal components; on the first teacher's rows where that is its width."""
     moments, first = sources.moments(), sources.stores[0].width
     lengths = [
@@ -108,14 +133,12 @@ def _principal(sources: Sources, width: int) -> Join:
     turn = scale * principal_directions(scale * moments * scale.T, width)
     if width == first:
         turn = turn @ nearest_rotation(turn.T @ moments[:, :first])
-    turn = turn.float()
-    return lambda units: torch.cat(units, dim=1) @ turn
+    return turn.float()
 
 
-def _turned_mean(sources: Sources) -> Join:
+def turned_mean_matrix(sources: Sources) -> Float[Tensor, "w e"]:
     maps = generalised_procrustes(sources.moments(), [store.width for store in sources.stores], sources.weights)
-    weighted = torch.cat([weight * turn for weight, turn in zip(sources.weights, maps, strict=True)]).float()
-    return lambda units: torch.cat(units, dim=1) @ weighted
+    return torch.cat([weight * turn for weight, turn in zip(sources.weights, maps, strict=True)]).float()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,9 +178,7 @@ def _join(options: argparse.Namespace) -> Joined:
     if options.width is None and options.method == "gram":
         raise RecipeError("--method gram needs a --width.")
     keys = _named_keys(options, stores)
-    if options.method == "procrustes":
-        return procrustes_mean(stores, options.output, weights=options.weights, keys=keys)
-    return concatenate(stores, options.output, weights=options.weights, width=options.width, keys=keys)
+    return join_stores(stores, options.method, options.weights, options.width, keys, options.output)
 
 
 def _named_keys(options: argparse.Namespace, stores: Sequence[Store]) -> list[np.ndarray] | None:

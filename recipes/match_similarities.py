@@ -16,6 +16,7 @@ from distill.embed import embed
 from distill.evaluation import evaluate
 from distill.export import Provenance
 from distill.gates import Gate, read_gates
+from distill.joins import JoinConfig
 from distill.objective import LossConfig
 from distill.report import finish
 from distill.store import Format, Store
@@ -41,6 +42,7 @@ class Recipe:
     gate: tuple[str, ...] = ()
     """What scores must reach, such as "overlap@10 >= 0.6", "kept ndcg@10 low >= 0.9"; missed: exit code 7, with everything written."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    join: JoinConfig = field(default_factory=JoinConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5.0, learning_rate=2e-3, bank_size=4096))
@@ -50,6 +52,7 @@ class Recipe:
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
         Format.parse(self.store_as or "float16")
+        self.join.check(self.teacher, self.student)
         self.gates()
 
     def gates(self) -> tuple[Gate, ...]:
@@ -65,17 +68,19 @@ def main(recipe: Recipe) -> None:
 
     teacher = recipe.teacher.load()
     recipe.student.check(teacher)
+    others = recipe.join.load(recipe.teacher, teacher)
     store = embed(texts, teacher, recipe.store, store_as=recipe.store_as)
-    space = recipe.student.enter(teacher, store, texts)
+    space = recipe.join.enter(recipe.student.enter(teacher, store, texts), others, texts, recipe.store)
     teacher, store = space.teacher, space.store
-    student = recipe.student.build(teacher, store, texts)
+    student = recipe.student.build(teacher, store, texts, own=space.own)
     cli.say(describe_start(student, teacher, store, texts))
     start = copy.deepcopy(student)
     examples = match(texts, student, teacher, store)
     loss = calibrated(recipe, examples, store)
-    run = train(student, examples, store, loss.build(teacher.width), recipe.train, output=recipe.output)
+    run = train(student, examples, store, loss.build(store.width), recipe.train, output=recipe.output)
 
-    scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
+    systems = {"untrained start": start, "student": run.student}
+    scores = evaluate(systems, teacher, data, store=space.own.path, several=space.several)
     finish(
         run,
         scores,

@@ -12,25 +12,28 @@ GOLDEN = 0.618033988749895  # its multiples, less their whole part, fill 0..1 ev
 
 
 def speeds(
-    encoders: Mapping[str, Encoder], texts: Sequence[str], seconds: float = 0.5
+    encoders: Mapping[str, Encoder | Sequence[Encoder]], texts: Sequence[str], seconds: float = 0.5
 ) -> dict[str, dict[str, int | float]]:
     """Parameters, bytes as stored, and texts a second of one process, measured on the evaluation's own texts, after a warm-up.
 
     For about `seconds` each, in batches that grow; none is begun that would take much longer than what is left. All
     encoders take the texts in one order, in which the first few are as long as all are: a slow one reads no more than those.
+    Several under one name read each text one after the other.
     """
     by_length = sorted(texts, key=len)
     mixed = [by_length[int((place + 0.5) * GOLDEN % 1 * len(texts))] for place in range(len(texts))]
+    groups = {name: [one] if isinstance(one, Encoder) else list(one) for name, one in encoders.items()}
     rates = {
-        name: _rate(encoder, mixed, seconds) if distributed.is_main() else 0.0 for name, encoder in encoders.items()
+        name: 1 / sum(1 / _rate(one, mixed, seconds) for one in group) if distributed.is_main() else 0.0
+        for name, group in groups.items()
     }
     return {
         name: {
-            "parameters": encoder.parameter_count,
-            "bytes": stored_bytes(encoder),
+            "parameters": sum(one.parameter_count for one in group),
+            "bytes": sum(map(stored_bytes, group)),
             "texts_per_second": distributed.agree(rates[name]),
         }
-        for name, encoder in encoders.items()
+        for name, group in groups.items()
     }
 
 

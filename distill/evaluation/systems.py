@@ -20,6 +20,7 @@ from distill.evaluation.precisions import Precision, stored_scores
 from distill.evaluation.scores import INDEX, MIXED, Score, Scores, Slice, Stored
 from distill.evaluation.speed import speeds
 from distill.evaluation.tasks import centroid_accuracy, judged, mixed_index, retrieval, similarity_pairs
+from distill.several import Several
 from distill.store import Store, text_keys
 
 Encode = Callable[..., Float[Tensor, "n d"]]
@@ -60,6 +61,7 @@ def evaluate(
     data: EvaluationData,
     *,
     store: str | Path | None = None,
+    several: Several | None = None,
     keep_index: bool = True,
     mixed_index: Collection[str] = (),
     speed: bool = True,
@@ -68,12 +70,15 @@ def evaluate(
 
     `keep_index` adds a row "NAME -> teacher's index" a student: its queries against the documents that the teacher
     embedded. The students named in `mixed_index` get a row "NAME -> mixed index", too: the teacher embedded half of the
-    documents, the student the other half, as those that are added later. Cost: one pass of each student over the data, and
+    documents, the student the other half, as those that are added later. `several` teachers that were joined in a space of
+    their own take the place of `teacher`, the first of them, with their joined vectors; in the first one's space, that one
+    is what a student is compared with, and its index is searched. Cost: one pass of each student over the data, and
     of the teacher over what is not stored.
     """
     if "teacher" in students or any(" -> " in name for name in students):
         raise RecipeError(f'a student is not named "teacher" nor with an arrow, got {", ".join(students)}.')
-    reader = _stored(teacher, store)
+    joined = None if several is None or several.keeps_index else several
+    reader = _stored(teacher, store) if joined is None else _once(joined.encode)
     texts = list(dict.fromkeys(data.texts))
     reference = _reference(texts, reader, teacher, data.role) if texts else None
     table = {"teacher": _labels_scores(reader, data) | _retrieval_scores(reader, [reader], data)}
@@ -94,7 +99,8 @@ def evaluate(
         if name in mixed_index and data.retrieval:
             table[name + MIXED] = _retrieval_scores(encode, [reader, encode], data)
         stored += _stored_scores(name, encode, data)
-    measured = speeds({"teacher": teacher, **students}, data.any_texts()) if speed and data.any_texts() else {}
+    everyone = {"teacher": teacher if joined is None else joined.teachers, **students}
+    measured = speeds(everyone, data.any_texts()) if speed and data.any_texts() else {}
     return Scores(table, measured, slices, closeups, stored)
 
 

@@ -133,6 +133,10 @@ def _license(teacher: Encoder) -> dict[str, str]:
 
 
 def _about_space(student: Encoder, space: Space | None) -> str:
+    if space and space.several:
+        stays = "in the first one's own vector space: an index of its vectors stays, only the encoder is swapped"
+        made = "in a space of its own: an index is made by the student itself, or by all teachers joined as they were"
+        return f"of the {space.several}, {stays if space.several.keeps_index else made} (width {student.width})."
     if space is None or space.kept is None:
         return (
             f"in the teacher's own vector space (width {student.width}): an index of the teacher's vectors stays, "

@@ -20,6 +20,9 @@ IN_FEWER = (
 )
 
 
+OF_ITS_OWN = "In a space of its own, of several teachers: an index is made by the student itself, or by all of its teachers joined as they were."
+
+
 def run_page(report: Report, steps: Sequence[Mapping[str, Any]], usage: str) -> str:
     """HTML of a run from its report.json, the lines of its metrics.jsonl, and the code that uses its student."""
     drawn = {name: getattr(figures, name)(report) for name in ("retention", "fidelity", "matrices", "size")}
@@ -45,7 +48,7 @@ def run_page(report: Report, steps: Sequence[Mapping[str, Any]], usage: str) -> 
         gains=[(metric, words.signed(gain)) for metric, gain in report.get("gains", {}).items()],
         device=f" on {device.upper()}" if (device := report.get("device")) else "",
         stored=_stored(report),
-        space=IN_FEWER if report.get("space") else IN_THE_SPACE,
+        space=_space(report.get("space")),
         usage=usage,
         facts=_facts(report),
         command=report.get("command", ""),
@@ -55,6 +58,12 @@ def run_page(report: Report, steps: Sequence[Mapping[str, Any]], usage: str) -> 
         ],
         **drawn,
     )
+
+
+def _space(space: Mapping[str, Any] | None) -> str:
+    if space and "teachers" in space:
+        return IN_THE_SPACE if space["method"] == "procrustes" else OF_ITS_OWN
+    return IN_FEWER if space else IN_THE_SPACE
 
 
 def gallery(report: Report) -> dict[str, Rows | Matrices]:

@@ -3,7 +3,7 @@
 from distill.students.choosing import choose_layers
 from distill.students.from_model import pretrained
 from distill.students.layers import freeze_token_table, keep_layers, layer_numbers
-from distill.students.projection import fit_projection
+from distill.students.projection import fit_projection, lead_to
 from distill.students.pruning import prune, require_units
 from distill.students.quantizing import TableCost, quantize
 from distill.students.summary import describe
@@ -21,6 +21,7 @@ __all__ = [
     "freeze_token_table",
     "keep_layers",
     "layer_numbers",
+    "lead_to",
     "pretrained",
     "prune",
     "quantize",

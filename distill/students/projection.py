@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.heads import Projection
-from distill.modules import Dense
+from distill.modules import Dense, Normalize
 from distill.similarity import normalize
 from distill.students.summary import texts_by_role, usable_rows
 
@@ -58,6 +58,14 @@ def last_linear(student: Encoder) -> nn.Linear:
     if not dense:
         raise RecipeError(f"{student.name} has no Dense layer to fit; build it with projection=True.")
     return dense[-1].linear
+
+
+def lead_to(student: Encoder, width: int) -> None:
+    """Let a student end in a linear layer to another width, in place of the one it ends in, if it does; `fit_projection` fills it."""
+    head, inside = [layer for layer in student.head if isinstance(layer, Dense)], student.full_width
+    if head and isinstance(head[-1].activation, nn.Identity):
+        inside = head.pop().linear.in_features
+    student.head = nn.Sequential(*head, Dense(inside, width).to(student.device), Normalize())
 
 
 def _batches(
