@@ -52,6 +52,8 @@ SMALL = {
     "match_similarities": {
         "static": TEXTS + " --train.bank-size 24 --student.width 8",
         "auto": TEXTS + " --train.bank-size 24 --student.width 8 --loss.temperature auto --loss.perplexity 8",
+        "joined": TEXTS + " --train.bank-size 24 --student.width 8 --train.learning-rate 3e-4 --join.teachers {mpnet} "
+        "--join.method gram --join.width 24",
         "everything": TEXTS
         + " --train.bank-size 24 --student.width 8 --loss.gram-kl 1 --loss.rkd-distance 1 --loss.contrastive-until 0.5 "
         "--loss.widths 8 16 --train.ema-decay 0.9 --train.start-decay 10 --train.projection-rate 0.5 "
