@@ -105,17 +105,34 @@ class StaticTable(nn.Module):
 
     The weights (Zipf or SIF at the start) are trained beside the table and multiplied into it when the model is saved,
     as `stored_as` says; the parameters are float32 in any case. A text without tokens gives the zero vector.
+
+    While `lent` is not None, texts are read from these rows of the table, which are a parameter of their own: what a step
+    does not read costs it nothing.
     """
+
+    lent: nn.Parameter | None
 
     def __init__(self, table: Float[Tensor, "v d"], weights: Float[Tensor, " v"] | None = None):
         super().__init__()
         self.stored_as: TableFormat = "float32"
         self.table = nn.Parameter(table.float().clone())
         self.weights = nn.Parameter(torch.ones(len(table)) if weights is None else weights.float().clone())
+        self.register_parameter("lent", None)
+        self._places: Int[Tensor, " v"] | None = None
 
     @property
     def width(self) -> int:
         return self.table.shape[1]
+
+    def lend(self, used: Int[Tensor, " u"], rows: Float[Tensor, "u d"]) -> None:
+        """Read the vectors of the tokens `used` from `rows` until `take_back`; any other token is an IndexError."""
+        self._places = torch.full((len(self.table),), -1, device=used.device)
+        self._places[used] = torch.arange(len(used), device=used.device)
+        self.lent = nn.Parameter(rows)
+
+    def take_back(self) -> None:
+        """Read from the table again, which stands as it is."""
+        self.lent = self._places = None
 
     def folded(self) -> Float[Tensor, "v d"]:
         return self.table.detach() * rearrange(self.weights.detach(), "v -> v 1")
@@ -124,8 +141,12 @@ class StaticTable(nn.Module):
         device = self.table.device
         ids, lengths = tokens.ids.long().to(device), tokens.lengths.long().to(device)
         offsets = lengths.cumsum(0) - lengths
+        if self.lent is None or self._places is None:
+            table, places = self.table, ids
+        else:
+            table, places = self.lent, self._places[ids]
         with torch.autocast(device.type, enabled=False):
-            total = F.embedding_bag(ids, self.table, offsets, mode="sum", per_sample_weights=self.weights[ids])
+            total = F.embedding_bag(places, table, offsets, mode="sum", per_sample_weights=self.weights[ids])
             return total / rearrange(lengths.clamp(min=1), "b -> b 1")
 
 

@@ -90,6 +90,7 @@ ORDER = [
     "training.settings",
     "training.averaging",
     "training.anchor",
+    "training.table_rows",
     "training.optimizer",
     "training.mining",
     "training.feed",

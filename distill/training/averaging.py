@@ -23,11 +23,24 @@ class WeightAverage:
         self._parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.tensors = {name: value.detach().clone() for name, value in self._parameters.items()}
 
+        self._handed_over: set[str] = set()
+
+    def share(self, step: int) -> float:
+        """How much of its way to the weights the average goes at step `step`, from 0."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
+    def hand_over(self, parameter: nn.Parameter) -> Tensor:
+        """The average of a parameter, which the caller keeps from now on: `update` leaves it as it is."""
+        name = next(name for name, value in self._parameters.items() if value is parameter)
+        self._handed_over.add(name)
+        return self.tensors[name]
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights as step `step`, from 0, has left them."""
-        share = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.tensors.values()), self._weights(), share)
+        here = [name for name in self.tensors if name not in self._handed_over]
+        weights = [self._parameters[name].detach() for name in here]
+        torch._foreach_lerp_([self.tensors[name] for name in here], weights, self.share(step))
 
     @torch.no_grad()
     def apply(self) -> None:

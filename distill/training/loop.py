@@ -72,17 +72,18 @@ class _Loop:
         per_epoch = sampling.steps_per_epoch(len(data), config.batch_size, config.accumulation)
         self.steps = config.steps or max(1, round(config.epochs * per_epoch))
         student.to(self.accelerator.device)
+        self._progress(0)
+        self.identity = self._identity()
         self.adamw = optimizer.adamw(student, config)
         self.rate = optimizer.rate_of(self.adamw, config, self.steps)
+        self.average = WeightAverage(student, config.ema_decay) if config.ema_decay else None
+        self.rows = optimizer.rows_of(student, self.adamw, config, self.average)
         self.model, self.optimizer = self.accelerator.prepare(student, self.adamw)
         self.gradients = StepGradients(
             student, self.model, micro_batch=config.micro_batch or config.batch_size, device=self.accelerator.device
         )
         self.feed = Feed(data, store, loss, config, steps=self.steps, device=self.accelerator.device)
         self.anchor = optimizer.anchor_of(student, data.tokens.ids, config)
-        self.average = WeightAverage(student, config.ema_decay) if config.ema_decay else None
-        self._progress(0)
-        self.identity = self._identity()
 
     def run(self) -> Run:
         try:
@@ -90,6 +91,8 @@ class _Loop:
         finally:
             for name in ("forward", "_original_forward"):  # Accelerate's, over the class's own, for mixed precision
                 vars(self.student).pop(name, None)
+            if self.rows:
+                self.rows.give_back()
             self.student.eval()
 
     def _run(self) -> Run:
@@ -112,6 +115,8 @@ class _Loop:
                     self._save(step + 1, last)
                 if asked and step + 1 < self.steps:
                     raise self._stopped(step + 1, distributed.gather_objects(list(stop)))
+        if self.rows:
+            self.rows.finish(self.steps)
         if self.average:
             self.average.apply()
         seconds = time.monotonic() - began
@@ -122,7 +127,11 @@ class _Loop:
         began = time.monotonic()
         self._progress(step)
         rows = np.concatenate(self.feed.batches(step))
+        if self.rows:
+            self.rows.lend(step, self.data.tokens.rows(torch.from_numpy(rows)).ids)
         value = self.gradients.add(self.feed.shares(step))
+        if self.rows:
+            self.rows.exchange()
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_norm or math.inf)
         finite = bool(torch.isfinite(value) & torch.isfinite(norm))
         if distributed.any_process(not finite, self.accelerator.device):
@@ -131,6 +140,8 @@ class _Loop:
         optimizer.set_rate(self.adamw, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.rows:
+            self.rows.update(step, rate, self.average.share(step) if self.average else 0.0)
         if self.anchor:
             self.anchor.pull(self.config.learning_rate * self.config.table_rate * rate)
         if self.average:
@@ -207,7 +218,8 @@ class _Loop:
     def _kept(self) -> checkpoint.Further:
         """What a checkpoint holds beside the weights. The start of a table is not built again: it may differ in a bit."""
         average = {"average": self.average.tensors} if self.average else {}
-        return {**average, **({"start": {"table": self.anchor.start}} if self.anchor else {})}
+        rows = {"rows": self.rows.state()} if self.rows else {}
+        return {**average, **rows, **({"start": {"table": self.anchor.start}} if self.anchor else {})}
 
     def _save(self, step: int, last: dict[str, Any]) -> None:
         folder, state = self.output / "checkpoints", {"identity": self.identity, "last": last}

@@ -12,7 +12,9 @@ from distill.errors import RecipeError
 from distill.heads import parameter_groups
 from distill.modules import Dense, StaticTable, TransformerBackbone
 from distill.training.anchor import TableAnchor
+from distill.training.averaging import WeightAverage
 from distill.training.settings import TrainConfig
+from distill.training.table_rows import TableRows
 
 
 def adamw(student: Encoder, config: TrainConfig) -> torch.optim.AdamW:
@@ -21,6 +23,21 @@ def adamw(student: Encoder, config: TrainConfig) -> torch.optim.AdamW:
     shares = _shares(student, config)
     groups = parameter_groups(student, lr=rate, sigma_lr=rate, weight_decay=decay, rates=shares)
     return torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups], lr=rate, fused=True)
+
+
+def rows_of(
+    student: Encoder, optimizer: torch.optim.AdamW, config: TrainConfig, average: WeightAverage | None
+) -> TableRows | None:
+    """What updates a static student's table by rows, in the place of `optimizer`, which no longer has it. None if it stays dense."""
+    if config.table_update == "dense":
+        return None
+    if not isinstance(student.backbone, StaticTable) or not student.backbone.table.requires_grad:
+        raise RecipeError(f"--train.table-update rows is for a static table; {student.name} trains none. Leave it out.")
+    table = student.backbone.table
+    own = next(group for group in optimizer.param_groups if any(value is table for value in group["params"]))
+    own["params"] = [value for value in own["params"] if value is not table]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    return TableRows(student.backbone, own, average.hand_over(table) if average else None)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:

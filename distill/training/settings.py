@@ -13,6 +13,7 @@ _ADDED = (
     "projection_rate",
     "token_weight_rate",
     "table_rate",
+    "table_update",
     "layer_decay",
     "start_decay",
     "ema_decay",
@@ -46,6 +47,8 @@ class TrainConfig:
     """Multiplies the rate of a static table's token weights."""
     table_rate: float = 1.0
     """Multiplies the rate of the token table, a static one or a transformer's."""
+    table_update: Literal["dense", "rows"] = "dense"
+    """rows: a row of a static table waits until a text uses it, and makes its steps then."""
     layer_decay: float = 1.0
     """Multiplies the rate of a transformer's layer, once for each layer above it."""
     start_decay: float | None = None
@@ -113,6 +116,10 @@ class TrainConfig:
         wrong += self._wrong_shares()
         if self.hard_stage is not None and not self.bank_size:
             wrong.append("hard_stage fills the bank with neighbours: give bank_size, too")
+        if self.start_decay is not None and self.table_update == "rows":
+            wrong.append(
+                "start_decay pulls every row at every step, which table_update rows is to avoid: leave one out"
+            )
         if wrong:
             raise RecipeError("; ".join(wrong) + ".")
 
