@@ -64,7 +64,7 @@ class Feed:
     def _loss(
         self, rows: np.ndarray, bank_of: Callable[[], Bank], weight: float, vectors: Float[Tensor, "b d"]
     ) -> Float[Tensor, ""]:
-        teacher = self.store.take(self.data.rows[rows]).to(self.device)
+        teacher = self.store.take(self.data.rows[rows], self.device)
         bank, bank_keys = bank_of()
         keys = self.data.keys[torch.from_numpy(rows)].to(self.device)
         return weight * distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)
@@ -78,4 +78,4 @@ class Feed:
         if self._neighbours is not None and step >= self.hard_from:
             chosen = sampling.hard_bank_rows(batch, self._neighbours, chosen)
         keys = self.data.keys[torch.from_numpy(chosen)]
-        return self.store.take(self.data.rows[chosen]).to(self.device), keys.to(self.device)
+        return self.store.take(self.data.rows[chosen], self.device), keys.to(self.device)
