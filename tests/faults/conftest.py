@@ -1,9 +1,22 @@
 """The table of what the sweeps did, at the end of a run; the sample or, with `-m slow`, all of it."""
 
+from dataclasses import astuple
 from typing import Any
 
 import counts
 import pytest
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended, and hands over what it did."""
+    for line in getattr(node, "workeroutput", {}).get("what the sweeps did", []):
+        counts.note(*line)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["what the sweeps did"] = [astuple(line) for line in counts.LINES]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,6 +1,6 @@
 """How much each sweep does, in one place: all of it (`pytest -m slow tests/faults`), and the sample of the default run.
 
-What was done is told at the end of a run, one line a target: `note` collects it, conftest.py prints it.
+What was done is told at the end of a run, one line a target: `note` collects it, conftest.py prints it, all workers' together.
 """
 
 from dataclasses import dataclass
