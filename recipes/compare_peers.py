@@ -47,6 +47,8 @@ class Recipe:
     """Of each way that trains."""
     peers: tuple[str, ...] = tuple(PEERS)
     """Which other ways; those that are not installed are left out, and said so."""
+    peer_seeds: int | None = None
+    """They train with the first of --seeds, this many; None: with all."""
     peer_batch_size: int | None = None
     """None: that of --train."""
     peer_learning_rate: float | None = None
@@ -73,6 +75,7 @@ class Recipe:
             )
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
+        at_least(0, "--peer-seeds", self.peer_seeds)
 
 
 def main(recipe: Recipe) -> None:
@@ -91,8 +94,11 @@ def main(recipe: Recipe) -> None:
     found: dict[str, list[Trained]] = {}
     left_out: dict[str, str] = {}
     scores: list[Scores] = []
-    for seed in recipe.seeds:
-        trained = one_seed(recipe, seed, teacher, store, texts, provenance, left_out)
+    for number, seed in enumerate(recipe.seeds):
+        peers = recipe.peers if recipe.peer_seeds is None or number < recipe.peer_seeds else ()
+        trained = one_seed(recipe, seed, peers, teacher, store, texts, provenance, left_out)
+        if number:
+            del trained[START]  # the first seed's has been scored
         for name, one in trained.items():
             found.setdefault(name, []).append(one)
         scores.append(scored(trained, teacher, data, store))
@@ -105,6 +111,7 @@ def main(recipe: Recipe) -> None:
 def one_seed(
     recipe: Recipe,
     seed: int,
+    peers: Sequence[str],
     teacher: Encoder,
     store: Store,
     texts: list[str],
@@ -118,7 +125,7 @@ def one_seed(
     export(start, folder / "start", provenance=provenance)
     trained = {START: Trained(copy.deepcopy(start), 0.0), OURS: ours(recipe, seed, start, teacher, store, texts)}
     export(trained[OURS].student, folder / OURS, provenance=provenance)
-    for name in recipe.peers:
+    for name in peers:
         work = Work(
             start=folder / "start",
             teacher=hub.resolve_model(recipe.teacher.name, revision=recipe.teacher.revision).path,
