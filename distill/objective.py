@@ -35,11 +35,11 @@ class LossConfig:
 
     cosine: float = 1.0
     """Each text to its twin."""
-    contrastive: float = 1.0
+    contrastive: float = 0.3
     """Each text's twin found among the bank."""
     contrastive_until: float | None = None
     """Share of the run in which the contrastive term fades out; None: it stays."""
-    kl: float = 1.0
+    kl: float = 0.0
     """The teacher's distribution over the bank."""
     kl_until: float = 0.5
     """Share of the run in which the KL term fades out."""

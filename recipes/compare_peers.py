@@ -60,7 +60,9 @@ class Recipe:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-3, bank_size=4096))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(learning_rate=2e-3, schedule="constant", ema_decay=0.995, bank_size=4096)
+    )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

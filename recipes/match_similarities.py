@@ -1,6 +1,6 @@
 """match_embeddings, and one idea more: similarities to a bank of stored teacher vectors are matched, too.
 
-The bank costs no teacher pass: its rows come from the store. Terms that rise fastest early are faded out.
+The bank costs no teacher pass: its rows come from the store. Terms among the batch's texts, and the KL, are off unless given a weight.
 
     accelerate launch recipes/match_similarities.py --data texts.jsonl --train.bank-size 16384
 """
@@ -45,7 +45,11 @@ class Recipe:
     join: JoinConfig = field(default_factory=JoinConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5.0, learning_rate=2e-3, bank_size=4096))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            epochs=5.0, learning_rate=2e-3, schedule="constant", ema_decay=0.995, bank_size=4096
+        )
+    )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

@@ -13,21 +13,21 @@ from distill.objective import LossConfig
 ALL = {"gram_mse": 2.0, "gram_kl": 0.5, "rkd_distance": 3.0}
 
 
-def test_without_flags_it_is_the_sum_of_three_terms() -> None:
+def test_without_flags_it_is_the_sum_of_two_terms_that_stay() -> None:
     total = LossConfig().build(8)
     assert isinstance(total, WeightedSum)
-    assert [*total.terms] == ["cosine", "contrastive", "kl"]
-    assert total.weights() == {"cosine": 1.0, "contrastive": 1.0, "kl": 1.0}
-    total.set_progress(0.5)
-    assert total.weights() == {"cosine": 1.0, "contrastive": 1.0, "kl": 0.0}
+    assert [*total.terms] == ["cosine", "contrastive"]
+    assert total.weights() == {"cosine": 1.0, "contrastive": 0.3}
+    total.set_progress(1.0)
+    assert total.weights() == {"cosine": 1.0, "contrastive": 0.3}
 
 
 def test_each_term_is_its_loss_and_a_weight_of_zero_leaves_it_out() -> None:
     student, teacher, bank = torch.randn(6, 8), torch.randn(6, 8), torch.randn(9, 8)
-    total = LossConfig(temperature=0.2, kl=0.0, **ALL).build(8)
+    total = LossConfig(temperature=0.2, **ALL).build(8)
     value = total(student, teacher, bank)
     expected = losses.cosine_distance(student, teacher)
-    expected += losses.cross_contrastive(student, teacher, bank, temperature=0.2)
+    expected += 0.3 * losses.cross_contrastive(student, teacher, bank, temperature=0.2)
     expected += 2 * losses.gram_mse(student, teacher) + 0.5 * losses.gram_kl(student, teacher, temperature=0.2)
     expected += 3 * losses.rkd_distance(student, teacher)
     torch.testing.assert_close(value, expected)
@@ -35,7 +35,9 @@ def test_each_term_is_its_loss_and_a_weight_of_zero_leaves_it_out() -> None:
 
 
 def test_terms_fade_when_their_flag_says() -> None:
-    total = LossConfig(contrastive_until=0.25, kl_until=1.0, relational_until=0.5, **ALL).build(8)
+    total = LossConfig(
+        contrastive=1.0, contrastive_until=0.25, kl=1.0, kl_until=1.0, relational_until=0.5, **ALL
+    ).build(8)
     seen = {}
     for progress in (0.0, 0.25, 0.5, 1.0):
         total.set_progress(progress)
