@@ -54,7 +54,7 @@ class TrainConfig:
     start_decay: float | None = None
     """Pull of a static table's rows to their start, over 1 + the token's count."""
     ema_decay: float | None = None
-    """Of an average of the weights, which becomes the student: .9 to .999."""
+    """Of an average of the weights, which becomes the student: .9 to .999; 0: none."""
     warmup_fraction: float = 0.1
     """Share of the steps in which the rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -126,8 +126,8 @@ class TrainConfig:
     def _wrong_shares(self) -> list[str]:
         one_too = {"layer_decay": self.layer_decay, "hard_stage": self.hard_stage, "hard_margin": self.hard_margin}
         wrong = [f"{n} is above 0, up to 1, got {v}" for n, v in one_too.items() if v is not None and not 0 < v <= 1]
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            wrong.append(f"ema_decay is between 0 and 1, got {self.ema_decay}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            wrong.append(f"ema_decay is 0 or more, below 1, got {self.ema_decay}")
         return wrong
 
     def identity(self) -> dict[str, Any]:
