@@ -71,6 +71,7 @@ ORDER = [
     "store.vectors",
     "store.writing",
     "store.joining",
+    "store.sharing",
     "store",
     "store.__main__",
     "identity",

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from distill import files
 from distill.errors import DistillError, IntegrityError, RecipeError, ResourceError
-from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, shards, text_keys, vectors, verify
+from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, shards, sharing, text_keys, vectors, verify
 from distill.store.__main__ import main
 
 FINGERPRINT: dict[str, Any] = {"weights": "ab" * 32, "max_length": 64, "modules": "Bert > mean"}
@@ -532,3 +532,33 @@ def test_the_command_line(two: Store, tmp_path: Path) -> None:
 
 def test_the_shard_limit_is_the_one_that_manifests_are_checked_by() -> None:
     assert vectors.SHARD_ROWS == shards.SHARD_ROWS == 65_536
+
+
+def test_export_hands_the_rows_on_with_their_texts(
+    two: Store, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyarrow import parquet
+
+    monkeypatch.setattr(sharing, "SHARD_ROWS", 2)  # blocks
+    two.publish(two.append(rows(["empty"], flags=NO_TOKENS)))
+    texts, shared = tmp_path / "texts.txt", tmp_path / "vectors.parquet"
+    texts.write_text("f\na\nempty\nc\n", encoding="utf-8")
+    code, out, _ = command(capsys, "export", two.path, shared, "--texts", texts)
+    assert code == 0
+    assert out.startswith(f"{shared}: 3 rows, ")
+    table = parquet.read_table(shared)
+    assert table["text"].to_pylist() == ["f", "a", "c"]
+    assert torch.equal(torch.tensor(table["embedding"].to_pylist()), two.vectors(["f", "a", "c"]))
+    assert table["key"].to_pylist() == [key.tobytes().hex() for key in text_keys(["f", "a", "c"])]
+    assert json.loads(table.schema.metadata[b"distill.fingerprint"]) == FINGERPRINT
+
+    assert command(capsys, "export", two.path, shared)[0] == 0  # without texts: every good row, by key
+    table = parquet.read_table(shared)
+    assert table.column_names == ["key", "embedding"]
+    assert len(table) == 6
+
+    code, _, err = command(capsys, "export", two.path, shared, "--texts", texts, "--prompt", "query: ")
+    assert code == 4
+    assert "no vector for 4 of 4 texts" in err
+    assert "now 'query: '" in err
+    assert len(parquet.read_table(shared)) == 6

@@ -9,11 +9,13 @@ is never read by accident.
     python -m distill.store verify PATH        whether every file is what was written
     python -m distill.store repair PATH        take damaged shards out; embed() computes only their rows anew
     python -m distill.store compress PATH NEW --as int8     the same rows as int8, pca-256 or pca-256-int8
+    python -m distill.store export PATH FILE.parquet --texts TEXTS      the same rows for others: text, key, vector
 """
 
 from distill.store.compression import Distortion, Format
 from distill.store.rows import FLAG_NAMES, GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, packed, text_keys
 from distill.store.shards import verify
+from distill.store.sharing import write_parquet
 from distill.store.vectors import Store
 from distill.store.writing import compress, write_store
 
@@ -31,5 +33,6 @@ __all__ = [
     "packed",
     "text_keys",
     "verify",
+    "write_parquet",
     "write_store",
 ]

@@ -1,22 +1,25 @@
-"""The command line of a store: what is in it, whether it is whole; to mend it, to make it smaller."""
+"""The command line of a store: what is in it, whether it is whole; to mend it, to make it smaller, to hand it on."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.data import load_texts
 from distill.errors import DistillError, IntegrityError, ResourceError
-from distill.store import FLAG_NAMES, Store, compress, shards, verify
+from distill.store import FLAG_NAMES, Store, compress, shards, verify, write_parquet
 from distill.store.shards import forget
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """python -m distill.store info|verify|repair|compress: what is in a store, whether it is whole, to mend it, to make it smaller."""
+    """python -m distill.store info|verify|repair|compress|export: see the package's text."""
     options = _parser().parse_args(arguments)
     commands = {"info": _print_info, "verify": _print_verify, "repair": _repair}
     try:
         if options.command == "compress":
             return _compress(options.path, options.new, options.form)
+        if options.command == "export":
+            return _export(options)
         return commands[options.command](options.path)
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -34,11 +37,19 @@ def _parser() -> argparse.ArgumentParser:
         "verify": "whether every file is what was written",
         "repair": "take damaged shards out; embed() computes only their rows anew",
         "compress": "write its rows into a new store, in fewer bytes",
+        "export": "write its rows into a Parquet file",
     }.items():
         commands.add_parser(name, help=what, description=what).add_argument("path", type=Path)
     smaller = commands.choices["compress"]
     smaller.add_argument("new", type=Path, help="folder of the new store")
     smaller.add_argument("--as", dest="form", default="int8", help="int8, pca-K or pca-K-int8, as pca-256")
+    parquet = commands.choices["export"]
+    parquet.add_argument("parquet", type=Path, help="the file; it takes the place of one of that name")
+    parquet.add_argument(
+        "--texts", help="the texts of the rows (JSONL, CSV, TXT, Parquet; .gz): a store keeps only their keys"
+    )
+    parquet.add_argument("--column", help="column of the texts")
+    parquet.add_argument("--prompt", default="", help="what the texts were embedded with in front of them")
     return parser
 
 
@@ -63,6 +74,13 @@ def _compress(path: Path, new: Path, form: str) -> int:
     small = compress(path, new, form)
     before, after = (sum(shard.bytes for shard in one.shards) for one in (Store.open(path), small))
     print(f"{new}: {len(small):,} rows as {form}, {before:,} bytes are {after:,}; {small.distortion}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    texts = load_texts((options.texts,), column=options.column).texts if options.texts else None
+    rows = write_parquet(Store.open(options.path), options.parquet, texts, prompt=options.prompt)
+    print(f"{options.parquet}: {rows:,} rows, {options.parquet.stat().st_size:,} bytes")
     return 0
 
 
