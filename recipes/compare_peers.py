@@ -229,8 +229,9 @@ def machine() -> str:
 
 
 def caption(recipe: Recipe) -> str:
+    fewer = "" if recipe.peer_seeds is None else f" (of the others over the first {recipe.peer_seeds})"
     return (
-        f"`{this_command()}` ({machine()}). Means over seeds {', '.join(map(str, recipe.seeds))}; ± is half of the bootstrap "
+        f"`{this_command()}` ({machine()}). Means over seeds {', '.join(map(str, recipe.seeds))}{fewer}; ± is half of the bootstrap "
         "95 % interval over the texts, mean over seeds; seeds are the lowest and the highest; in brackets what is kept of the "
         "teacher's score. Minutes are those of the training alone."
     )
