@@ -71,6 +71,11 @@ class Recipe:
             raise RecipeError(f"--peers knows {', '.join(PEERS)}; got {', '.join(wrong)}.")
         if self.student.space is not None or self.loss.temperature == "auto":
             raise RecipeError("compare_peers has no --student.space and no --loss.temperature auto: give a number.")
+        others = [name for name in self.peers if name.startswith("sentence-transformers") and self.peer_seeds != 0]
+        if self.student.table == "int8" and others:
+            raise RecipeError(
+                f"--student.table int8 is a start that {others[0]} cannot train: compare with a float32 table, or give --peer-seeds 0."
+            )
         if not self.minutes > 0 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise RecipeError(
                 f"--minutes is above 0 and --seeds are different numbers, got {self.minutes} and {self.seeds}."

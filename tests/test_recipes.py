@@ -293,6 +293,12 @@ BAD = {
         2,
         ["--peers knows sentence-transformers, Embed", "got sbert"],
     ),
+    "a start that peers cannot train": (
+        "compare_peers",
+        "--data x --student.table int8",
+        2,
+        ["sentence-transformers, EmbedDistillLoss cannot train", "--peer-seeds 0"],
+    ),
     "no minutes": ("compare_peers", "--data x --minutes 0", 2, ["--minutes is above 0"]),
     "no such variant": ("ablate", "--data x --variants train.bank=3", 2, ["--train.bank"]),
     "variant of the data": ("ablate", "--data x --variants limit=3", 2, ["'limit=3' changes --limit, which all share"]),
