@@ -1,6 +1,6 @@
 """match_embeddings, and one idea more: similarities to a bank of stored teacher vectors are matched, too.
 
-The bank costs no teacher pass: its rows come from the store. Terms among the batch's texts, and the KL, are off unless given a weight.
+The bank costs no teacher pass: its rows come from the store. Other terms count once they are given a weight.
 
     accelerate launch recipes/match_similarities.py --data texts.jsonl --train.bank-size 16384
 """
