@@ -4,16 +4,21 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import runs
 import torch
 
-from distill.benchmark import measuring
+from distill.benchmark import measuring, reading, stepping
 from distill.benchmark.arms import ARMS, one_tile, ours, value
 from distill.benchmark.cases import Case
 from distill.benchmark.measuring import Spread
 from distill.benchmark.naive import ALL, NAIVE, ROW_BY_ROW, SAMPLE, WITH_BANK, Batch, exact_gradient, relative_error
+from distill.similarity import pairwise_cosine
 from distill.streaming import engine
+from distill.training import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 CPU = torch.device("cpu")
@@ -122,6 +127,42 @@ def test_one_tile_is_put_back() -> None:
     assert before == engine.TILE
 
 
+# The pipeline
+
+
+@pytest.mark.parametrize("way", list(reading.WAYS))
+def test_every_way_reads_what_was_written(way: str, tmp_path: Path) -> None:
+    vectors = reading.draw(70, 8)
+    rows = np.array([69, 0, 3, 3, 42])
+    found = reading.WAYS[way](vectors, tmp_path)(rows)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.from_numpy(vectors[rows]).float())
+
+
+def test_a_trainer_with_our_batches_learns_what_we_learn(tiny_bert: Path, tmp_path: Path) -> None:
+    start, examples, store = runs.prepared(tiny_bert, tmp_path / "store", 48)
+    start.save_pretrained(tmp_path / "start")
+    config = TrainConfig(steps=12, batch_size=16, learning_rate=1e-3, warmup_fraction=0.25)
+    job = stepping.Job(
+        start=start,
+        folder=tmp_path / "start",
+        examples=examples,
+        store=store,
+        config=config,
+        warm_up=2,
+        output=tmp_path / "runs",
+    )
+    cosines = {"start": pairwise_cosine(start.encode(examples.texts), job.vectors(np.arange(48))).mean()}
+    for arm in (stepping.ours, stepping.trainer_alike):
+        ran = arm(job)
+        assert ran.seconds > 0
+        assert ran.student is not None
+        cosines[arm.__name__] = pairwise_cosine(ran.student.encode(examples.texts), job.vectors(np.arange(48))).mean()
+    gained = {name: float(cosine - cosines["start"]) for name, cosine in cosines.items()}
+    assert gained["ours"] > 0.02
+    assert gained["trainer_alike"] == pytest.approx(gained["ours"], rel=0.15)
+
+
 # Measuring
 
 
@@ -131,6 +172,12 @@ def test_calls_take_turns() -> None:
     times = measuring.in_turns(calls, 4, CPU)
     assert "".join(seen) == "abcbcacababc"
     assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_turns_give_what_the_calls_give() -> None:
+    numbers = iter(range(9))
+    found = measuring.turns({"a": lambda: next(numbers), "b": lambda: -next(numbers)}, 2)
+    assert found == {"a": [0, 3], "b": [-1, -2]}
 
 
 def test_milliseconds() -> None:

@@ -83,13 +83,14 @@ SMALL["compare_peers"] = {
     "--train.bank-size 24 --student.width 8 --evaluation.sts {sts} "
     "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}"
 }
+SMALL["bench_pipeline"] = {"all": "--quick --data {texts} --teacher.name {bert}"}
 SMALL["ablate"] = {
     "all": TEXTS + " --train.bank-size 24 --student.width 8 --seeds 0 1 --evaluation.sts {sts} "
     "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels} "
     "--variants train.bank-size=12 loss.kl=1,student.width=4"
 }
 VARIANTS = [(recipe, variant) for recipe, variants in SMALL.items() for variant in variants]
-MEASURING = ("bench_losses", "compare_peers")  # of one process
+MEASURING = ("bench_losses", "bench_pipeline", "compare_peers")  # of one process
 STUDENTS = [
     (recipe, variant) for recipe, variant in VARIANTS if recipe not in ("ablate", "classify", "evaluate", *MEASURING)
 ]
@@ -287,6 +288,12 @@ BAD = {
     ),
     "no such arm": ("bench_losses", "--arms nave", 2, ["--arms knows naive, torch.compile", "got nave"]),
     "fewer columns": ("bench_losses", "--shapes 20 10", 2, ["as many columns as rows or more; got ((20, 10),)"]),
+    "a static student of steps": (
+        "bench_pipeline",
+        "--student.kind static",
+        2,
+        ["is the transformer of the part step"],
+    ),
     "no such peer": (
         "compare_peers",
         "--data x --peers sbert",
@@ -633,6 +640,26 @@ def test_bench_losses_shows_what_it_measured(session: Session) -> None:
     table = [line for line in ran.out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows)
     assert "recipes/bench_losses.py" in ran.out.splitlines()[len(table) + 1]
+
+
+def test_bench_pipeline_shows_what_it_measured(session: Session) -> None:
+    ran = session("bench_pipeline-all-one").all_is_well()
+    report = ran.json("bench.json")
+    arms = {
+        part: [row["arm"] for row in report["rows"] if row["part"] == part] for part in ("teacher", "step", "static")
+    }
+    assert arms["teacher"] == ["distill", "distill, into a new store", "sentence-transformers"]
+    assert arms["step"][:2] == ["distill", "sentence-transformers"]
+    assert arms["static"][1:3] == ["distill", "sentence-transformers"]
+    for row in report["rows"]:
+        assert len(row["seconds"]) == len(row["times"]) == 2
+        assert min(row["seconds"]) > 0
+        assert row["times"] == [1, 1] or row["arm"] not in ("distill, Store.take", arms.get(row["part"], [""])[0])
+        assert row["compared"] is None or row["compared"] < {"teacher": 1e-3, "reading": 1e-9}.get(row["part"], 1)
+    left_out = {line.split(":")[0] for line in report["left_out"]}
+    assert ("tokenlearn" in left_out) is ("tokenlearn" not in arms["static"])
+    assert len([line for line in ran.out.splitlines() if line.startswith("|")]) == 2 + len(report["rows"])
+    assert "recipes/bench_pipeline.py" in ran.out
 
 
 @pytest.mark.parametrize("recipe", MEASURING)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,17 +29,22 @@ PROCESS = Path("/proc/self")
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each call in each of `repeats` rounds. A round begins one call further on than the one before.
+    """Milliseconds of each call in each of `repeats` rounds.
 
     Nothing is run beforehand: call each once first, if what is done only once is not to count.
     """
+    return turns({name: partial(milliseconds, call, device) for name, call in calls.items()}, repeats)
+
+
+def turns(calls: Mapping[str, Callable[[], Result]], repeats: int) -> dict[str, list[Result]]:
+    """What each call gives in each of `repeats` rounds. A round begins one call further on than the one before."""
     names = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[Result]] = {name: [] for name in names}
     for number in range(repeats):
         first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
-            times[name].append(milliseconds(calls[name], device))
-    return times
+            found[name].append(calls[name]())
+    return found
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:

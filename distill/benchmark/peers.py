@@ -4,6 +4,7 @@ Each runs its own training loop with its own defaults, except for batch size and
 """
 
 import functools
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -79,35 +80,50 @@ def _sentence_transformers(work: Work, distance: Literal["cosine", "mse"]) -> Tr
 
 def _train_in_trainer(work: Work, distance: Literal["cosine", "mse"], steps: int) -> tuple[list[float], Any]:
     """When each step ended, and the model; nothing runs longer than work.seconds."""
-    from datasets import Dataset
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-    from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+    from sentence_transformers import SentenceTransformer
 
-    device = distributed.device()
-    model = SentenceTransformer(str(work.start), device=str(device))
-    arguments = SentenceTransformerTrainingArguments(
+    model = SentenceTransformer(str(work.start), device=str(distributed.device()))
+    times = train_in_trainer(
+        model,
+        work.texts,
+        work.vectors,
+        distance=distance,
+        seconds=work.seconds,
         output_dir=str(work.output / "trainer"),
         per_device_train_batch_size=work.batch_size,
         learning_rate=work.learning_rate,
-        lr_scheduler_type="cosine",
         warmup_steps=round(0.1 * steps),
         max_steps=steps,
         seed=work.seed,
-        use_cpu=device.type == "cpu",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
-    dataset = Dataset.from_dict({"text": work.texts, "label": work.vectors.numpy()})
+    return times, model
+
+
+def train_in_trainer(
+    model: Any,
+    texts: list[str],
+    vectors: Float[Tensor, "n e"],
+    *,
+    distance: Literal["cosine", "mse"] = "cosine",
+    seconds: float = math.inf,
+    **arguments: Any,
+) -> list[float]:
+    """Train a SentenceTransformer with EmbedDistillLoss in its trainer, for at most `seconds`; when each step ended, by perf_counter.
+
+    `arguments` are those of SentenceTransformerTrainingArguments; it saves and logs nothing, and its rate falls as a cosine.
+    """
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+
+    quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    on = {"use_cpu": distributed.device().type == "cpu", "lr_scheduler_type": "cosine"}
+    settings = SentenceTransformerTrainingArguments(**{**quiet, **on, **arguments})
+    dataset = Dataset.from_dict({"text": texts, "label": vectors.numpy()})
     loss = EmbedDistillLoss(model, distance_metric=distance)
-    clock = _clock(work.seconds)
-    SentenceTransformerTrainer(model, arguments, train_dataset=dataset, loss=loss, callbacks=[clock]).train()
-    return clock.times, model
+    clock = _clock(seconds)
+    SentenceTransformerTrainer(model, settings, train_dataset=dataset, loss=loss, callbacks=[clock]).train()
+    return clock.times
 
 
 def _clock(seconds: float) -> Any:

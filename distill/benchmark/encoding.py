@@ -1,0 +1,56 @@
+"""Texts into a teacher's vectors: distill's ways, and sentence-transformers'."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from distill import hub
+from distill.embed import embed
+from distill.encoder import Encoder
+
+Encode = Callable[[], Tensor]
+
+
+def encode(teacher: Encoder, texts: Sequence[str], folder: Path, batch_size: int) -> Encode:
+    return partial(teacher.encode, texts)
+
+
+def into_store(teacher: Encoder, texts: Sequence[str], folder: Path, batch_size: int) -> Encode:
+    """Into a new store in `folder` at each call, and read from there."""
+    numbers = itertools.count()
+    return lambda: embed(texts, teacher, folder / f"store-{next(numbers)}").vectors(texts)
+
+
+def sentence_transformers(teacher: Encoder, texts: Sequence[str], folder: Path, batch_size: int) -> Encode:
+    """At the teacher's max_length. In bfloat16 its weights are bfloat16 too, as its users run it: autocast would cast them."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(hub.resolve_model(teacher.name).path), device=str(teacher.device))
+    model.max_seq_length = teacher.max_length
+    if teacher.compute_dtype == "bfloat16":
+        model.bfloat16()
+
+    def encode() -> Tensor:
+        found: Any = model.encode(list(texts), batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True)
+        return found.float().cpu()
+
+    return encode
+
+
+# Each gives a call that computes the vectors of the texts anew, float32, on the CPU; `batch_size` is of sentence-transformers.
+WAYS: dict[str, Callable[[Encoder, Sequence[str], Path, int], Encode]] = {
+    "distill": encode,
+    "distill, into a new store": into_store,
+    "sentence-transformers": sentence_transformers,
+}
+
+
+def largest_difference(one: Float[Tensor, "n e"], other: Float[Tensor, "n e"]) -> float:
+    """Entry by entry, of unit rows."""
+    return float((F.normalize(one) - F.normalize(other)).abs().max())
