@@ -8,6 +8,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,17 +26,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill import distributed, files, similarity
+from distill.ahead import ahead
 from distill.data import load_texts
 from distill.encoder import Encoder, Tokenized
 from distill.errors import DataError, DistillError, IntegrityError, NumericsError, RecipeError, ResourceError
 from distill.hub import cache_home
 from distill.identity import Compute, computing, computing_tokens, recognize
-from distill.modules import Tokens
+from distill.modules import Reading, Tokens, TransformerBackbone
 from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Format, Rows, Store, compression, packed, text_keys
 from distill.store.shards import JOB, MANIFEST, SAMPLE, SHARD_ROWS, Shard, read_manifest
 from distill.store.vectors import refuse_other_fingerprint
 
-WINDOW = 4096  # texts that are sorted by length together; batches are cut from it
+# Texts that are sorted by length together; batches are cut from it. 34,748 texts of 14 tokens have 13.3 % padding in batches
+# of 8,192 tokens from windows of 4,096 texts, 4.8 % from 16,384, 2.3 % from 65,536; cut again to 1,024, as on a CPU, 2.1, .7, .3 %.
+WINDOW = 16_384
 BATCH_TOKENS = 8192
 
 
@@ -72,7 +76,8 @@ def embed(
     """The store at `path`, with a vector for each of `texts`; what is stored already is not computed again.
 
     Every process calls it with the same texts; batches are dealt out, each process writes its own shards, and the main
-    process names them in the manifest every `flush_seconds`: a kill loses no more than that. Batches are planned from
+    process names them in the manifest, so often that a kill loses no more than `flush_seconds`. Texts are tokenized and shards
+    are written in threads, while the teacher computes. Batches are planned from
     the list of texts that were missing when the job began, which lies in the store until the job is done, so that a
     resumed job runs the same batches and writes the same bits, on any number of processes.
 
@@ -298,44 +303,82 @@ class _Job:
 
         Batches are dealt out one by one; whole windows where there are many, so that each is tokenized by one process.
         """
-        rank, world = distributed.rank(), distributed.world_size()
-        by_window, dealt = len(wanted) >= 16 * world * WINDOW, 0
-        for start in range(0, len(wanted), WINDOW):
-            window, new = wanted[start : start + WINDOW], missing[start : start + WINDOW]
-            if not new.any() or (by_window and start // WINDOW % world != rank):
-                continue
-            tokenized = self.tokenize([self.texts[number] for number in window])
+        rank, world, dealt = distributed.rank(), distributed.world_size(), 0
+        by_window = len(wanted) >= 8 * world * WINDOW
+        starts = range(0, len(wanted), WINDOW)[rank::world] if by_window else range(0, len(wanted), WINDOW)
+        for window, new, tokenized in ahead(self._windows(wanted, missing, starts)):
             empty = np.array(tokenized.empty)
-            for index, tokens in tokenized.tokens.grouped(BATCH_TOKENS):
+            for index in tokenized.tokens.groups(BATCH_TOKENS):
                 chosen = index.numpy()
                 if new[chosen].any():
                     if by_window or dealt % world == rank:
-                        yield _Batch(window[chosen], tokens, empty[chosen], new[chosen])
+                        yield _Batch(window[chosen], tokenized.tokens.rows(index), empty[chosen], new[chosen])
                     dealt += 1
 
+    def _windows(
+        self, wanted: np.ndarray, missing: np.ndarray, starts: range
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, Tokenized]]:
+        """Numbers of the texts of each window that has a missing one, which these are, and the tokens of all of them."""
+        for start in starts:
+            window, new = wanted[start : start + WINDOW], missing[start : start + WINDOW]
+            if new.any():
+                yield window, new, self.tokenize([self.texts[number] for number in window])
+
     def _rounds(self, store: Store, wanted: np.ndarray) -> None:
-        """Each round every process computes and writes some batches, then the main process names the shards."""
+        """Each round every process computes some batches, while a thread writes those of the round before; then these are published.
+
+        A round takes half of `flush_seconds`: what a kill loses is the one that is computed and the one that is written.
+        """
         missing = (
             store.find(self.keys[wanted]) < 0
         )  # as the job begins: only the main process sees what is published later
-        batches, each, done = self._batches(wanted, missing), 1, 0
+        batches, each, done, start = self._batches(wanted, missing), 1, 0, time.monotonic()
+        computed: list[Rows] = []
+        self._reading()
         bar = tqdm(total=int(missing.sum()), desc=self.name, unit="text", delay=2, disable=_quiet())
-        while True:
-            began = time.monotonic()
-            records = distributed.concatenate(distributed.everywhere(partial(self._round, store, batches, each, bar)))
-            if not records:
-                break
-            distributed.main_first(partial(store.publish, records))
-            done += sum(record.rows for record in records)
-            bar.n = done
-            bar.refresh()
-            seconds = distributed.agree(max(time.monotonic() - began, 1e-3))
-            each = max(1, min(4 * each, int(each * self.flush_seconds / seconds)))
+        with ThreadPoolExecutor(1) as writer:
+            while True:
+                began = time.monotonic()
+                writing = writer.submit(_written, store, computed)
+                computed = []
+                found = distributed.everywhere(partial(self._round, batches, each, bar, computed, writing))
+                records = distributed.concatenate([written for written, _ in found])
+                if records:
+                    distributed.main_first(partial(store.publish, records))
+                new = sum(count for _, count in found)
+                if not new:
+                    break
+                done += new
+                bar.n = done
+                bar.refresh()
+                seconds = distributed.agree(max(time.monotonic() - began, 1e-3))
+                each = max(1, min(4 * each, int(each * self.flush_seconds / 2 / seconds)))
         bar.close()
+        self._tell(done, time.monotonic() - start)
 
-    def _round(self, store: Store, batches: Iterator[_Batch], count: int, bar: tqdm) -> list[Shard]:
-        rows = [self._compute(batch, bar) for batch in islice(batches, count)]
-        return store.append(_joined(rows)) if rows else []
+    def _round(
+        self,
+        batches: Iterator[_Batch],
+        count: int,
+        bar: tqdm,
+        computed: list[Rows],
+        writing: "Future[list[Shard]]",
+    ) -> tuple[list[Shard], int]:
+        """Compute some batches; then what was being written is, and the number of rows that are to be written next."""
+        computed.extend(self._compute(batch, bar) for batch in islice(batches, count))
+        return writing.result(), sum(len(rows.keys) for rows in computed)
+
+    def _reading(self) -> Reading:
+        backbone = self.teacher.backbone
+        return backbone.take_reading() if isinstance(backbone, TransformerBackbone) else Reading()
+
+    def _tell(self, count: int, seconds: float) -> None:
+        if distributed.is_main():
+            rate, padding = count / max(seconds, 1e-9), self._reading().padding
+            print(
+                f"{self.name}: {count:,} in {seconds:,.0f} s, {rate:,.0f} a second; {padding:.1%} of what was computed was padding",
+                file=sys.stderr,
+            )
 
     @torch.inference_mode()
     def _compute(self, batch: _Batch, bar: tqdm) -> Rows:
@@ -347,6 +390,10 @@ class _Job:
         bar.update(int(new.sum()))
         rows, lengths = vectors.numpy()[new], batch.tokens.lengths.numpy()[new]
         return Rows(rows, self.keys[batch.numbers[new]], lengths, _flags(rows, batch.empty[new]))
+
+
+def _written(store: Store, rows: list[Rows]) -> list[Shard]:
+    return store.append(_joined(rows)) if rows else []
 
 
 def _earlier(path: Path) -> np.ndarray:

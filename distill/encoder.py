@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from distill import files, folder, hub
+from distill.ahead import ahead
 from distill.errors import DataError, RecipeError
 from distill.folder import UNLIMITED, Parts
 from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone, Truncate
 
+WINDOW = 16_384  # texts that are sorted by length together; the more, the less padding
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -161,13 +163,15 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "n width"]:
         """Vectors of texts, float32 on the CPU, in their order. `progress` names the bar; None shows none.
 
-        Runs in eval mode (the mode before is restored), sorted by length inside windows of 4,096 texts.
+        Runs in eval mode (the mode before is restored), sorted by length inside windows of 16,384 texts, each of which is
+        tokenized while the one before is computed.
         """
         vectors = torch.empty(len(texts), self.width)
         bar = tqdm(total=len(texts), desc=progress, unit="text", disable=None if progress else True, delay=2)
+        prompt, starts = self.prompt(role), range(0, len(texts), WINDOW)
+        windows = ((start, self.tokenize(texts[start : start + WINDOW], prompt=prompt).tokens) for start in starts)
         with _eval_mode(self), bar:
-            for start in range(0, len(texts), 4096):
-                window = self.tokenize(texts[start : start + 4096], prompt=self.prompt(role)).tokens
+            for start, window in ahead(windows) if len(starts) > 1 else windows:
                 for index, tokens in window.grouped(8192):
                     vectors[start + index] = self.compute(tokens).cpu()
                     bar.update(len(index))

@@ -40,16 +40,41 @@ class Tokens:
 
     def grouped(self, token_budget: int) -> Iterator[tuple[Int[Tensor, " k"], "Tokens"]]:
         """Groups of texts of similar length, each at most `token_budget` padded tokens (or one text)."""
+        for index in self.groups(token_budget):
+            yield index, self.rows(index)
+
+    def groups(self, token_budget: int) -> Iterator[Int[Tensor, " k"]]:
+        """The texts of each group of `grouped`, the longest last."""
         order = torch.argsort(self.lengths, stable=True)
-        start = 0
-        for stop in range(1, len(order) + 1):
-            full = stop < len(order) and (stop + 1 - start) * int(self.lengths[order[stop]]) > token_budget
-            if full or stop == len(order):
-                yield order[start:stop], self.rows(order[start:stop])
+        lengths, start = self.lengths[order].tolist(), 0
+        for stop in range(1, len(lengths) + 1):
+            full = stop < len(lengths) and (stop + 1 - start) * lengths[stop] > token_budget
+            if full or stop == len(lengths):
+                yield order[start:stop]
                 start = stop
+
+    def padded(self, token_budget: int) -> int:
+        """Tokens of all groups, padding included."""
+        return sum(len(index) * int(self.lengths[index[-1]]) for index in self.groups(token_budget))
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tokens that a transformer has read, and the places that it computed for them: what is more is padding."""
+
+    tokens: int = 0
+    places: int = 0
+
+    def __add__(self, other: "Reading") -> "Reading":
+        return Reading(self.tokens + other.tokens, self.places + other.places)
+
+    @property
+    def padding(self) -> float:
+        """The share of padding."""
+        return 1 - self.tokens / max(1, self.places) if self.places else 0.0
 
 
 class TransformerBackbone(nn.Module):
@@ -66,6 +91,7 @@ class TransformerBackbone(nn.Module):
     def __init__(self, model: nn.Module, pooling: "Pooling", *, pad_id: int):
         super().__init__()
         self.model, self.pooling, self.pad_id = model, pooling, pad_id
+        self._reading = Reading()
         for name, module in model.named_modules():
             if name.rsplit(".", 1)[-1] == "pooler":  # never used here; with gradients it would stall DDP
                 module.requires_grad_(False)
@@ -77,6 +103,11 @@ class TransformerBackbone(nn.Module):
     def token_budget(self, device: torch.device) -> int:
         """Padded tokens a group: on a CPU small groups waste less padding at the same speed, a GPU wants them large."""
         return 1024 if device.type == "cpu" else 65_536
+
+    def take_reading(self) -> Reading:
+        """What was read since this was last called."""
+        reading, self._reading = self._reading, Reading()
+        return reading
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "b d"]:
         device = next(self.parameters()).device
@@ -91,6 +122,7 @@ class TransformerBackbone(nn.Module):
         lengths = rearrange(tokens.lengths, "b -> b 1")
         empty = lengths == 0
         longest = max(1, int(lengths.max()))
+        self._reading += Reading(len(tokens.ids), len(tokens) * longest)
         # A text without tokens is run on padding that it sees, so that nothing becomes NaN, and set to zero below.
         mask = (torch.arange(longest) < lengths) | empty
         ids = torch.full(mask.shape, self.pad_id)

@@ -208,18 +208,54 @@ def test_an_error_in_the_middle_frees_the_lock_and_loses_nothing_published(
     assert not [*(tmp_path / "cut").glob("rows-0000000000*")]
 
 
+def test_shards_are_written_and_texts_tokenized_beside_the_teacher(
+    teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_windows: None
+) -> None:
+    """What was computed is being written while the teacher runs, and a shard that cannot be written ends the job."""
+    texts, threads = runs.texts(100), {"append": set[int](), "tokenize": set[int](), "compute": set[int]()}
+    expected = embed(texts, teacher, tmp_path / "expected").vectors(texts)
+    for owner, name in ((Store, "append"), (Encoder, "tokenize"), (Encoder, "compute")):
+        original = getattr(owner, name)
+
+        def noting(*arguments: Any, name: str = name, original: Any = original, **options: Any) -> Any:
+            threads[name].add(threading.get_ident())
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, noting)
+    store = embed(texts, teacher, tmp_path / "store", flush_seconds=0.0)
+    assert threads["compute"] == {threading.get_ident()}
+    assert threading.get_ident() not in threads["append"] | threads["tokenize"]
+    assert torch.equal(store.vectors(texts), expected)
+
+    def full(*_: Any) -> Any:
+        raise ResourceError("no room")
+
+    monkeypatch.setattr(Store, "append", full)
+    with pytest.raises(ResourceError, match="no room"):
+        embed(texts, teacher, tmp_path / "full", flush_seconds=0.0)
+    assert FileLock(tmp_path / "full" / ".lock").acquire(timeout=0)
+    assert len(Store.open(tmp_path / "full")) == 0
+
+
 def test_whole_windows_are_dealt_out_where_there_are_many(
     teacher: Encoder, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = runs.texts(100)
     expected = embed(texts, teacher, tmp_path / "a")
-    monkeypatch.setattr(module, "WINDOW", 5)
-    parts = []
+    monkeypatch.setattr(module, "WINDOW", 4)
+    parts, tokenized = [], []
+    tokenize = teacher.tokenize
+
+    def noting(texts: list[str]) -> Any:
+        tokenized.append(len(texts))
+        return tokenize(texts)
+
     for rank in range(3):  # what each of three processes would compute
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: 3)
-        job = module._Job(teacher, texts, text_keys(texts), teacher.tokenize, "", 1.0)
+        job = module._Job(teacher, texts, text_keys(texts), noting, "", 1.0)  # type: ignore[arg-type]
         parts += [batch.numbers for batch in job._batches(np.arange(100), np.ones(100, dtype=bool))]
+    assert tokenized == [4] * 25  # each window by one of them
     assert sorted(np.concatenate(parts).tolist()) == [*range(100)]
     assert len(expected) == 100
 
