@@ -50,7 +50,8 @@ def summary(run: Run, scores: Scores) -> str:
         *_line("gained by training", [f"{metric} {_signed(gain)}" for metric, gain in gains(scores).items()]),
         *_line("against the teacher", _ratios(scores)),
         *(["", scores.stored_table(), ""] if scores.stored else []),
-        f"trained {run.steps:,} steps in {run.seconds:,.0f} s on {run.report}",
+        f"trained {run.steps:,} steps in {run.seconds:,.0f} s on {run.report}"
+        + (f"; {run.padding:.1%} of what it computed was padding" if run.padding is not None else ""),
         "",
         f"The student is in {run.output / 'student'}, all numbers are in {run.output / page.REPORT}, to look at in {run.output / page.PAGE}.",
         "To use it:",
@@ -118,6 +119,7 @@ def _as_json(run: Run, scores: Scores, provenance: Provenance, verdicts: Sequenc
         "texts_per_second": run.texts_per_second,
         "final_loss": run.final_loss if math.isfinite(run.final_loss) else None,
         "texts": run.report,
+        **({"padding": run.padding} if run.padding is not None else {}),
     }
     student = {
         "name": run.student.name,

@@ -1,6 +1,7 @@
 """What each step is trained on: texts, their teacher vectors, and a bank of more of those, hard ones at last if asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill import distributed
+from distill.ahead import ahead
 from distill.errors import RecipeError
+from distill.modules import Tokens
 from distill.store import Store
 from distill.training import mining, sampling
 from distill.training.examples import Examples
@@ -17,7 +20,6 @@ from distill.training.gradients import Share
 from distill.training.settings import TrainConfig
 
 Loss = Callable[..., Float[Tensor, ""]]
-Bank = tuple[Tensor | None, Tensor | None]  # vectors and keys
 
 
 class Feed:
@@ -29,7 +31,9 @@ class Feed:
         self.data, self.store, self.loss = data, store, loss
         self.config, self.device = config, device
         self.hard_from = steps - max(1, round((config.hard_stage or 0) * steps))
+        self.steps = steps
         self._neighbours: np.ndarray | None = None
+        self._coming: Generator[list[_Read], None, None] | None = None
         if config.hard_stage and not getattr(loss, "uses_bank", False):
             raise RecipeError("--train.hard-stage fills the bank of a loss, and this one uses none. Leave it out.")
 
@@ -47,35 +51,80 @@ class Feed:
         return sampling.batches(step, len(self.data), batch_size=size, accumulation=accumulation, seed=self.config.seed)
 
     def shares(self, step: int) -> list[Share]:
-        """This process's rows of each of the step's batches, with their losses."""
-        batches = self.batches(step)
-        total = sum(len(batch) for batch in batches)
-        return [self._share(step, number, batch, total) for number, batch in enumerate(batches)]
+        """This process's rows of each of the step's batches, with their losses. Steps are asked for one after the other."""
+        reads = self._coming_reads(step)
+        total = sum(read.texts for read in reads)
+        return [self._share(read, total) for read in reads]
 
-    def _share(self, step: int, number: int, batch: np.ndarray, total: int) -> Share:
-        """This process's rows of a batch of the step; `total` rows has the step."""
+    def close(self) -> None:
+        """End the thread that reads ahead, if there is one."""
+        if self._coming is not None:
+            self._coming.close()
+            self._coming = None
+
+    def _coming_reads(self, step: int) -> "list[_Read]":
+        on_cuda = self.device.type == "cuda"
+        if not (on_cuda if self.config.read_ahead is None else self.config.read_ahead):
+            return self._read(step)
+        if self._coming is None:
+            self._coming = ahead(self._read(number) for number in range(step, self.steps))
+        return next(self._coming)
+
+    def _read(self, step: int) -> "list[_Read]":
+        """Everything that a step reads, on the CPU, whence a device fetches it."""
+        return [self._read_batch(step, number, batch) for number, batch in enumerate(self.batches(step))]
+
+    def _read_batch(self, step: int, number: int, batch: np.ndarray) -> "_Read":
         place = distributed.share(len(batch))
         mine = batch[place.start : place.stop]
-        tokens = self.data.tokens.rows(torch.from_numpy(mine if len(mine) else batch[:1]))
-        most = -(-len(batch) // distributed.world_size())
-        bank = partial(self._bank, step, number, batch)
-        return Share(tokens, len(mine), most, partial(self._loss, mine, bank, len(batch) / total))
+        bank = self._bank_rows(step, number, batch)
+        return _Read(
+            texts=len(batch),
+            count=len(mine),
+            tokens=self.data.tokens.rows(torch.from_numpy(mine if len(mine) else batch[:1])),
+            teacher=self._stored(mine),
+            keys=self.data.keys[torch.from_numpy(mine)],
+            bank=None if bank is None else self._stored(bank),
+            bank_keys=None if bank is None else self.data.keys[torch.from_numpy(bank)],
+        )
 
-    def _loss(
-        self, rows: np.ndarray, bank_of: Callable[[], Bank], weight: float, vectors: Float[Tensor, "b d"]
-    ) -> Float[Tensor, ""]:
-        teacher = self.store.take(self.data.rows[rows], self.device)
-        bank, bank_keys = bank_of()
-        keys = self.data.keys[torch.from_numpy(rows)].to(self.device)
+    def _stored(self, rows: np.ndarray) -> Tensor:
+        vectors = self.store.take_stored(self.data.rows[rows])
+        return vectors.pin_memory() if self.device.type == "cuda" else vectors
+
+    def _share(self, read: "_Read", total: int) -> Share:
+        """`total` rows has the step."""
+        most = -(-read.texts // distributed.world_size())
+        return Share(read.tokens, read.count, most, partial(self._loss, read, read.texts / total))
+
+    def _loss(self, read: "_Read", weight: float, vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+        teacher, keys = self._here(read.teacher).float(), self._here(read.keys)
+        bank = None if read.bank is None else self._here(read.bank).float()
+        bank_keys = None if read.bank_keys is None else self._here(read.bank_keys)
         return weight * distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)
 
-    def _bank(self, step: int, number: int, batch: np.ndarray) -> Bank:
-        """Vectors and keys of the bank of a step's batch, the same on every process: a window of the texts, or neighbours."""
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _bank_rows(self, step: int, number: int, batch: np.ndarray) -> np.ndarray | None:
+        """The bank of a step's batch, the same on every process: a window of the texts, or neighbours; None without one."""
         if not self.config.bank_size or not getattr(self.loss, "uses_bank", False):
-            return None, None
+            return None
         draw = step * self.config.accumulation + number
         chosen = sampling.bank_rows(draw, len(self.data), size=self.config.bank_size, seed=self.config.seed)
         if self._neighbours is not None and step >= self.hard_from:
             chosen = sampling.hard_bank_rows(batch, self._neighbours, chosen)
-        keys = self.data.keys[torch.from_numpy(chosen)]
-        return self.store.take(self.data.rows[chosen], self.device), keys.to(self.device)
+        return chosen
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Of a batch of so many `texts` over all processes: this one's `count`, and the bank. Vectors as they are stored."""
+
+    texts: int
+    count: int
+    tokens: Tokens  # of one text if this process has none
+    teacher: Tensor
+    keys: Tensor
+    bank: Tensor | None
+    bank_keys: Tensor | None

@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from distill import distributed, files
 from distill.encoder import Encoder
 from distill.errors import IntegrityError, NumericsError, RecipeError, Stopped
+from distill.modules import Reading, TransformerBackbone
 from distill.store import Store
-from distill.training import checkpoint, optimizer, runlog, sampling
+from distill.training import checkpoint, execution, optimizer, runlog, sampling
 from distill.training.averaging import WeightAverage
 from distill.training.examples import Examples
 from distill.training.feed import Feed, Loss
@@ -45,6 +46,8 @@ class Run:
     output: Path
     report: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    padding: float | None = None
+    """Share of what the student computed that was padding, on the main process; None of a static one, which has none."""
 
 
 def train(
@@ -84,11 +87,14 @@ class _Loop:
         )
         self.feed = Feed(data, store, loss, config, steps=self.steps, device=self.accelerator.device)
         self.anchor = optimizer.anchor_of(student, data.tokens.ids, config)
+        self.read = Reading()  # by the student, in this run
 
     def run(self) -> Run:
         try:
-            return self._run()
+            with execution.as_asked(self.student, self.config):
+                return self._run()
         finally:
+            self.feed.close()
             for name in ("forward", "_original_forward"):  # Accelerate's, over the class's own, for mixed precision
                 vars(self.student).pop(name, None)
             if self.rows:
@@ -101,6 +107,8 @@ class _Loop:
         began, texts = time.monotonic(), 0
         distributed.main_first(partial(runlog.cut, self.output, first))
         self.student.train(self.config.dropout)
+        self._padding()  # of whatever read the student before
+        self.read = Reading()
         every = self.config.save_every or max(1, self.steps // 10)
         log_to = runlog.opened(self.output, self.accelerator, asdict(self.config))
         with stop_signals() as stop, log_to as log, _bar(first, self.steps) as bar:
@@ -120,8 +128,9 @@ class _Loop:
         if self.average:
             self.average.apply()
         seconds = time.monotonic() - began
-        speed, settings = texts / max(seconds, 1e-9), asdict(self.config)
-        return Run(self.student, self.steps, seconds, speed, last["loss"], self.output, self.data.report, settings)
+        speed, settings, report = texts / max(seconds, 1e-9), asdict(self.config), self.data.report
+        padding = self.read.padding if self.read.places else None
+        return Run(self.student, self.steps, seconds, speed, last["loss"], self.output, report, settings, padding)
 
     def _step(self, step: int) -> dict[str, Any]:
         began = time.monotonic()
@@ -155,8 +164,17 @@ class _Loop:
             "grad_norm": float(norm),
             "texts": len(rows),
             "order": files.digest(rows.tobytes())[:8],
+            **self._padding(),
             "seconds": round(time.monotonic() - began, 4),
         }
+
+    def _padding(self) -> dict[str, float]:
+        """Of the step, on this process."""
+        if not isinstance(self.student.backbone, TransformerBackbone):
+            return {}
+        here = self.student.backbone.take_reading()
+        self.read += here
+        return {"padding": round(here.padding, 4)}
 
     def _progress(self, step: int) -> None:
         if hasattr(self.loss, "set_progress"):

@@ -7,13 +7,14 @@ from typing import Any, Literal
 from distill.errors import RecipeError
 
 # Settings that may differ between a run and its continuation: they change no step of it.
-_FREE = ("micro_batch", "resume", "save_every", "keep_checkpoints", "trackers")
+_FREE = ("micro_batch", "resume", "save_every", "keep_checkpoints", "trackers", "gradient_checkpointing", "read_ahead")
 # Settings that are part of a run only where they are not at their default: runs from before there were any go on.
 _ADDED = (
     "projection_rate",
     "token_weight_rate",
     "table_rate",
     "table_update",
+    "compile",
     "layer_decay",
     "start_decay",
     "ema_decay",
@@ -73,6 +74,12 @@ class TrainConfig:
     """Of the hard stage: a text of a higher cosine says the same, and is left out."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: autocast in the encoder; losses stay in float32."""
+    compile: bool = False
+    """torch.compile a transformer; takes a minute first, and rounds otherwise."""
+    gradient_checkpointing: bool = False
+    """Run a transformer's layers again in the backward pass: less memory, more time."""
+    read_ahead: bool | None = None
+    """Read a step's vectors in a thread while the one before runs; None: on CUDA."""
     seed: int = 0
     """Of the order of texts and of dropout."""
     save_every: int | None = None
