@@ -38,6 +38,9 @@ FREE_TO_CHANGE = (
     "keep_checkpoints",
     "trackers",
     "micro_batch",
+    "gradient_checkpointing",
+    "read_ahead",
+    "plan",
 )
 
 
@@ -171,8 +174,10 @@ def _recipe_error(stop: SystemExit) -> RecipeError | None:
 def record(recipe: Any, output: Path) -> None:
     """Write the resolved recipe and the command into the run's folder, so that it can be run again.
 
-    IntegrityError if the recipe is to resume a run that was begun with other flags.
+    IntegrityError if the recipe is to resume a run that was begun with other flags. A --plan writes nothing.
     """
+    if getattr(recipe, "plan", False):
+        return
     distributed.main_first(partial(_record, recipe, output))
 
 

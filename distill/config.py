@@ -37,15 +37,15 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         at_least(1, "--teacher.max-length", self.max_length)
 
-    def load(self) -> Encoder:
-        """The teacher on this process's device; the main process fetches it first."""
+    def load(self, *, on_device: bool = True) -> Encoder:
+        """The teacher on this process's device, or on the CPU; the main process fetches it first."""
         distributed.main_first(partial(_fetch, self.name, self.revision))
         teacher = Encoder.from_pretrained(self.name, revision=self.revision, compute_dtype=self.compute_dtype)
         teacher.max_length = min(teacher.max_length, self.max_length or teacher.max_length)
         if teacher.max_length <= teacher.special_token_count:
             least = teacher.special_token_count + 1
             raise RecipeError(f"--teacher.max-length is {least} or more for {self.name}, got {self.max_length}.")
-        return teacher.to(distributed.device())
+        return teacher.to(distributed.device()) if on_device else teacher
 
 
 def _fetch(name: str, revision: str | None) -> None:

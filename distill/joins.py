@@ -49,12 +49,16 @@ class JoinConfig:
             raise RecipeError("--join.method gram needs a --join.width.")
         at_least(1, "--join.width", self.width)
 
-    def check(self, teacher: TeacherConfig, student: StudentConfig) -> None:
+    def check(self, teacher: TeacherConfig, student: StudentConfig, *, plan: bool = False) -> None:
         """RecipeError for what does not go together with other flags: before any weight is loaded."""
         if self.teachers and student.space is not None:
             raise RecipeError(
                 "--student.space is a part of one teacher's space, and --join.teachers names more; for a narrow space of several "
                 "give --join.method gram --join.width."
+            )
+        if self.teachers and plan:
+            raise RecipeError(
+                "--plan is of a run with one teacher: leave out --join.teachers, and plan each by itself."
             )
         if teacher.name in self.teachers:
             raise RecipeError(f"--join.teachers names those beside --teacher.name, got {teacher.name} in both.")

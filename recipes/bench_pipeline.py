@@ -1,7 +1,8 @@
 """The pipeline beside what people use now: embedding by the teacher, training steps, reading of stored vectors.
 
-Same weights, same texts, same number of updates, one process, all arms taking turns. Prints a Markdown table;
-bench.json holds every number.
+Same weights, same texts, same number of updates, one process, all arms taking turns.
+
+Prints a Markdown table; bench.json holds every number.
 
     accelerate launch recipes/bench_pipeline.py --data texts.jsonl --store store
     accelerate launch recipes/bench_pipeline.py --quick

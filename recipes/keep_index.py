@@ -24,6 +24,7 @@ from distill.evaluation import MIXED, STUDENT, evaluate
 from distill.export import Provenance
 from distill.gates import OF_A_RUN, Gate, read_gates
 from distill.losses import CosineDistance, CrossContrastive, WeightedSum
+from distill.planning import plan
 from distill.report import finish
 from distill.sides import Sides
 from distill.store import Format
@@ -52,6 +53,8 @@ class Recipe:
     """Of the contrastive term."""
     gate: tuple[str, ...] = ()
     """What scores must reach, such as "overlap@10 >= 0.6", "kept ndcg@10 low >= 0.9"; missed: exit code 7, with everything written."""
+    plan: bool = False
+    """Print the memory, disk and time that this run will need, and stop."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sides: Sides = field(default_factory=Sides)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -85,12 +88,16 @@ def main(recipe: Recipe) -> None:
     data = recipe.evaluation.load(held_out, role="document")
     cli.say(f"{read.report}; {len(held_out):,} held out; {len(texts.get('query', [])):,} queries")
 
-    teacher = recipe.teacher.load()
+    teacher = recipe.teacher.load(on_device=not recipe.plan)
     recipe.student.check(teacher)
     teacher.prompts |= recipe.sides.of_teacher()
     texts, data = recipe.sides.cut(texts, data, teacher)
+    loss = WeightedSum({"cosine": CosineDistance(), "contrastive": CrossContrastive(temperature=recipe.temperature)})
+    form = recipe.store_as
+    if recipe.plan:
+        return plan(teacher, recipe.student, texts, recipe.train, loss, data, store=recipe.store, store_as=form)
     for role, some in texts.items():
-        store = embed(some, teacher, recipe.store, role=role, store_as=recipe.store_as)
+        store = embed(some, teacher, recipe.store, role=role, store_as=form)
     space = recipe.student.enter(teacher, store, texts)
     teacher, store = space.teacher, space.store
     student = recipe.student.build(teacher, store, texts)
@@ -98,7 +105,6 @@ def main(recipe: Recipe) -> None:
     student.max_length = recipe.sides.limit(student)
     cli.say(describe_start(student, teacher, store, texts))
     start = copy.deepcopy(student)
-    loss = WeightedSum({"cosine": CosineDistance(), "contrastive": CrossContrastive(temperature=recipe.temperature)})
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
 
     systems = {"untrained start": start, "student": run.student}

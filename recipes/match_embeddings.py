@@ -18,6 +18,7 @@ from distill.export import Provenance
 from distill.gates import Gate, read_gates
 from distill.joins import JoinConfig
 from distill.losses import CosineDistance
+from distill.planning import plan
 from distill.report import finish
 from distill.store import Format
 from distill.training import TrainConfig, match, train
@@ -41,6 +42,8 @@ class Recipe:
     """Folder of the run."""
     gate: tuple[str, ...] = ()
     """What scores must reach, such as "overlap@10 >= 0.6", "kept ndcg@10 low >= 0.9"; missed: exit code 7, with everything written."""
+    plan: bool = False
+    """Print the memory, disk and time that this run will need, and stop."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     join: JoinConfig = field(default_factory=JoinConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -51,7 +54,7 @@ class Recipe:
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
         Format.parse(self.store_as or "float16")
-        self.join.check(self.teacher, self.student)
+        self.join.check(self.teacher, self.student, plan=self.plan)
         self.gates()
 
     def gates(self) -> tuple[Gate, ...]:
@@ -65,16 +68,18 @@ def main(recipe: Recipe) -> None:
     data = recipe.evaluation.load(held_out)
     cli.say(f"{read.report}; {len(held_out):,} held out")
 
-    teacher = recipe.teacher.load()
+    teacher = recipe.teacher.load(on_device=not recipe.plan)
     recipe.student.check(teacher)
+    loss, form = CosineDistance(), recipe.store_as
+    if recipe.plan:
+        return plan(teacher, recipe.student, texts, recipe.train, loss, data, store=recipe.store, store_as=form)
     others = recipe.join.load(recipe.teacher, teacher)
-    store = embed(texts, teacher, recipe.store, store_as=recipe.store_as)
+    store = embed(texts, teacher, recipe.store, store_as=form)
     space = recipe.join.enter(recipe.student.enter(teacher, store, texts), others, texts, recipe.store)
     teacher, store = space.teacher, space.store
     student = recipe.student.build(teacher, store, texts, own=space.own)
     cli.say(describe_start(student, teacher, store, texts))
     start = copy.deepcopy(student)
-    loss = CosineDistance()
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
 
     systems = {"untrained start": start, "student": run.student}

@@ -18,6 +18,7 @@ from distill.export import Provenance
 from distill.gates import Gate, read_gates
 from distill.joins import JoinConfig
 from distill.objective import LossConfig
+from distill.planning import plan
 from distill.report import finish
 from distill.store import Format, Store
 from distill.training import Examples, TrainConfig, calibrate, match, train
@@ -41,6 +42,8 @@ class Recipe:
     """Folder of the run."""
     gate: tuple[str, ...] = ()
     """What scores must reach, such as "overlap@10 >= 0.6", "kept ndcg@10 low >= 0.9"; missed: exit code 7, with everything written."""
+    plan: bool = False
+    """Print the memory, disk and time that this run will need, and stop."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     join: JoinConfig = field(default_factory=JoinConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -56,7 +59,7 @@ class Recipe:
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
         Format.parse(self.store_as or "float16")
-        self.join.check(self.teacher, self.student)
+        self.join.check(self.teacher, self.student, plan=self.plan)
         self.gates()
 
     def gates(self) -> tuple[Gate, ...]:
@@ -70,10 +73,14 @@ def main(recipe: Recipe) -> None:
     data = recipe.evaluation.load(held_out)
     cli.say(f"{read.report}; {len(held_out):,} held out")
 
-    teacher = recipe.teacher.load()
+    teacher = recipe.teacher.load(on_device=not recipe.plan)
     recipe.student.check(teacher)
+    form = recipe.store_as
+    if recipe.plan:
+        loss = planned(recipe.loss).build(recipe.student.space or teacher.width)
+        return plan(teacher, recipe.student, texts, recipe.train, loss, data, store=recipe.store, store_as=form)
     others = recipe.join.load(recipe.teacher, teacher)
-    store = embed(texts, teacher, recipe.store, store_as=recipe.store_as)
+    store = embed(texts, teacher, recipe.store, store_as=form)
     space = recipe.join.enter(recipe.student.enter(teacher, store, texts), others, texts, recipe.store)
     teacher, store = space.teacher, space.store
     student = recipe.student.build(teacher, store, texts, own=space.own)
@@ -91,6 +98,11 @@ def main(recipe: Recipe) -> None:
         Provenance(teacher=teacher, data=str(read.report), loss=repr(loss), space=space),
         gates=recipe.gates(),
     )
+
+
+def planned(loss: LossConfig) -> LossConfig:
+    """With a number for the temperature, which costs the same whatever it is."""
+    return replace(loss, temperature=0.05) if loss.temperature == "auto" else loss
 
 
 def calibrated(recipe: Recipe, examples: Examples, store: Store) -> LossConfig:

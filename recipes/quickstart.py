@@ -18,6 +18,7 @@ from distill.evaluation import EvaluationData, evaluate, task_scores
 from distill.export import Provenance
 from distill.gates import Gate, read_gates
 from distill.losses import CrossContrastive
+from distill.planning import plan
 from distill.report import finish
 from distill.training import TrainConfig, match, train
 
@@ -44,6 +45,8 @@ class Recipe:
     """Of the choice of texts and their order."""
     resume: bool = False
     """Go on from the newest checkpoint of the output folder."""
+    plan: bool = False
+    """Print the memory, disk and time that this run will need, and stop."""
 
     def __post_init__(self) -> None:
         if self.texts < 16 or self.held_out < 16:
@@ -63,20 +66,22 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
-    teacher = TeacherConfig(name=recipe.teacher).load()
+    teacher = TeacherConfig(name=recipe.teacher).load(on_device=not recipe.plan)
     pairs = recipe.texts // 2 + recipe.held_out
     learned, held_out = docstring_pairs(limit=pairs, seed=recipe.seed).split(recipe.held_out / pairs, seed=recipe.seed)
     texts = learned.texts()[: recipe.texts]
     cli.say(f"training on {len(texts):,} texts of {learned}\nheld out: {held_out}")
 
+    kind, loss = StudentConfig(kind=recipe.student), CrossContrastive(temperature=0.07)
+    data = EvaluationData(texts=held_out.texts(), retrieval={"": held_out.retrieval()})
+    if recipe.plan:
+        return plan(teacher, kind, texts, recipe.training(), loss, data, store=recipe.store)
     store = embed(texts, teacher, recipe.store)
-    student = StudentConfig(kind=recipe.student).build(teacher, store, texts)
+    student = kind.build(teacher, store, texts)
     cli.say(describe_start(student, teacher, store, texts))
     start = copy.deepcopy(student)
-    loss = CrossContrastive(temperature=0.07)
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.training(), output=recipe.output)
 
-    data = EvaluationData(texts=held_out.texts(), retrieval={"": held_out.retrieval()})
     scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
     provenance = Provenance(teacher=teacher, data=f"docstrings: {learned}", loss=repr(loss))
     finish(run, scores, provenance, gates=recipe.gates())

@@ -89,6 +89,14 @@ SMALL["ablate"] = {
     "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels} "
     "--variants train.bank-size=12 loss.kl=1,student.width=4"
 }
+# A recipe's plan is tested for each way that it is asked for; what it says, in test_planning.
+PLANS = {
+    "quickstart": "--teacher {bert} --texts 100 --held-out 20 --steps 5 --student layers --plan",
+    "match_embeddings": TEXTS + " --plan",
+    "match_similarities": TEXTS + " --train.bank-size 24 --loss.temperature auto --store-as int8 --plan",
+    "keep_index": "--documents {documents} --queries {queries} --teacher.name {prompted} --train.steps 6 "
+    "--train.batch-size 16 --sides.query-prompt ? --plan",
+}
 VARIANTS = [(recipe, variant) for recipe, variants in SMALL.items() for variant in variants]
 MEASURING = ("bench_losses", "bench_pipeline", "compare_peers")  # of one process
 STUDENTS = [
@@ -392,6 +400,11 @@ def _(session: Session) -> tuple[Ran, dict[str, int], Ran, dict[str, int]]:
     before = stored()
     (first.output / "student" / "left-over.txt").write_text("of the first run")
     return first, before, session.run("quickstart", flags.replace("--steps 5", "--steps 3"), "again"), stored()
+
+
+@job("plans")
+def _(session: Session) -> dict[str, Ran]:
+    return {recipe: session.run(recipe, flags, f"plan-{recipe}") for recipe, flags in PLANS.items()}
 
 
 @job("few rows")
@@ -719,6 +732,15 @@ def test_a_second_run_computes_no_teacher_vector_and_starts_over(session: Sessio
     assert second.json("report.json")["training"]["steps"] == second.json("recipe.json")["recipe"]["steps"] == 3
     assert sorted(path.name for path in (second.output / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     assert not (second.output / "student" / "left-over.txt").exists()
+
+
+def test_a_plan_is_printed_in_the_place_of_a_run(session: Session) -> None:
+    for ran in session("plans").values():
+        ran.all_is_well()
+        for title in ("Memory on cpu, each process", "Disk", "Time, from a rehearsal of 20 steps"):
+            assert f"\n{title}\n" in ran.out
+        assert ran.out.count("together") == 3
+        assert not ran.output.exists()
 
 
 def test_fewer_rows_than_a_batch_is_a_run(session: Session) -> None:

@@ -48,6 +48,17 @@ class EvaluationData:
                     f"the retrieval task {name or 'given'} has no query with a relevant document (grade > 0)."
                 )
 
+    def by_role(self) -> dict[str | None, list[str]]:
+        """Every text that a model is to read, once, by the role it is read in."""
+        parts = [(self.role, self.texts)]
+        parts += [(None, [*pairs.sentence1, *pairs.sentence2]) for pairs in self.pairs.values()]
+        for task in self.retrieval.values():
+            parts += [("document", task.corpus), ("query", task.queries)]
+        for labelled in self.labelled.values():
+            parts += [(None, [*labelled.texts, *(labelled.test.texts if labelled.test else [])])]
+        roles = dict.fromkeys(role for role, _ in parts)
+        return {role: list(dict.fromkeys(t for name, some in parts if name == role for t in some)) for role in roles}
+
     def any_texts(self) -> list[str]:
         """Texts to measure speed on: those for fidelity, or the first task's."""
         texts = list(self.texts) or [text for task in self.retrieval.values() for text in task.corpus]
