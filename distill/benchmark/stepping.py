@@ -112,6 +112,7 @@ def _in_trainer(job: Job, *, same: bool) -> Stepped:
 
     model = SentenceTransformer(str(job.folder), device=str(distributed.device()))
     rows = job.rows() if same else np.arange(len(job.examples))
+    further: dict[str, Any] = {"batch_sampler": _in_order} if same else {}
     if same:
         _freeze(model, job.start)
     times = train_in_trainer(
@@ -126,7 +127,7 @@ def _in_trainer(job: Job, *, same: bool) -> Stepped:
         max_steps=job.steps,
         seed=job.config.seed,
         bf16=job.config.mixed_precision == "bf16",
-        **({"batch_sampler": _in_order} if same else {}),
+        **further,
     )
     model.save(str(job.output / "student"))
     return Stepped(_a_step(times, job.warm_up), Encoder.from_pretrained(job.output / "student"))
@@ -183,7 +184,7 @@ def _clocked_texts(job: Job, rows: np.ndarray, tokenizer: Any) -> Any:
     class Texts(TextDataset):
         times: list[float]
 
-        def collate_fn(self, batch: Any) -> Any:  # type: ignore[override]
+        def collate_fn(self, batch: Any) -> Any:
             self.times.append(time.perf_counter())
             if len(self.times) > job.steps:
                 raise KeyboardInterrupt
