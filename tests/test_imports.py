@@ -40,6 +40,7 @@ ORDER = [
     "metrics.ranks",
     "metrics.spaces",
     "metrics.intervals",
+    "metrics.incremental",
     "metrics",
     "distributed",
     "losses.sentence_transformers",  # an adapter to a trainer, not an objective: `losses` does not import it

@@ -1,6 +1,7 @@
 """Numbers that say how good a model is: exact over uneven batches and processes, with intervals."""
 
 from distill.metrics.classes import AccuracyCounts, accuracy, accuracy_counts
+from distill.metrics.incremental import average_incremental_accuracy, forgetting, seen_accuracy
 from distill.metrics.intervals import (
     Difference,
     Interval,
@@ -29,10 +30,12 @@ __all__ = [
     "QueryScores",
     "accuracy",
     "accuracy_counts",
+    "average_incremental_accuracy",
     "bootstrap_interval",
     "bootstrap_means",
     "effective_rank",
     "effective_rank_rows",
+    "forgetting",
     "index_overlap",
     "linear_cka",
     "linear_cka_rows",
@@ -43,6 +46,7 @@ __all__ = [
     "paired_difference",
     "recall_at_k",
     "resampled_difference",
+    "seen_accuracy",
     "shared",
     "spearman",
     "spearman_counted",
