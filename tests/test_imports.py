@@ -65,6 +65,7 @@ ORDER = [
     "students",
     "tables",
     "data",
+    "classes",
     "docstrings",
     "alignment",
     "store.compression",
