@@ -101,6 +101,7 @@ ORDER = [
     "training.mining",
     "training.feed",
     "training.loop",
+    "training.labels",
     "training",
     "evaluation.closeup",
     "evaluation.scores",

@@ -1,0 +1,149 @@
+"""Encoder and head on labels: what pulls, what stays, what is chosen; two processes as one."""
+
+import copy
+from pathlib import Path
+
+import processes
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from distill import distributed, students
+from distill.encoder import Encoder
+from distill.errors import DataError, NumericsError, RecipeError
+from distill.heads import CosineLinear
+from distill.similarity import pairwise_cosine
+from distill.training import NO_LABEL, LabelConfig, LabelledTexts, LabelTraining, herd
+
+TEXTS = tiny.SENTENCES
+LABELS = torch.arange(len(TEXTS)) % 3
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_bert: Path) -> Encoder:
+    return students.static(Encoder.from_pretrained(tiny_bert), width=16)
+
+
+def training(encoder: Encoder, *, classes: int = 3, **settings: float) -> LabelTraining:
+    torch.manual_seed(0)
+    config = LabelConfig(**({"batch_size": 5, "epochs": 20.0, "distillation": 0.0} | settings))
+    return LabelTraining(copy.deepcopy(encoder), CosineLinear(encoder.width, classes, sigma_init=8.0), config)
+
+
+def labelled(encoder: Encoder, labels: torch.Tensor = LABELS, *, pulled: bool = True) -> LabelledTexts:
+    return LabelledTexts(encoder.tokenize(TEXTS).tokens, labels, encoder.encode(TEXTS) if pulled else None)
+
+
+def test_labels_are_learned_and_the_pull_keeps_the_vectors(encoder: Encoder) -> None:
+    moved = {}
+    for weight in (0.0, 100.0):
+        one = training(encoder, distillation=weight)
+        steps: list[dict] = []
+        one.fit(labelled(encoder), log=steps.append)
+        assert (one.predict(one.encoder.encode(TEXTS)) == LABELS).float().mean() > (0.9 if not weight else 0.5)
+        assert steps[-1]["loss/labels"] < steps[0]["loss/labels"]
+        assert [step["step"] for step in steps] == list(range(1, 61))
+        moved[weight] = 1 - float(pairwise_cosine(one.encoder.encode(TEXTS), encoder.encode(TEXTS)).mean())
+    assert moved[100.0] < 0.2 * moved[0.0]
+
+
+def test_a_step_logs_the_loss_worked_out_by_hand_and_texts_without_a_label_have_no_say_in_it(encoder: Encoder) -> None:
+    one, targets = training(encoder, distillation=2.0, batch_size=12, epochs=1.0), torch.randn(12, encoder.width)
+    labels = torch.where(torch.arange(12) < 4, LABELS, NO_LABEL)
+    vectors = encoder.encode(TEXTS)
+    logits = 8.0 * F.normalize(vectors[:4]) @ F.normalize(one.head.weight.detach()).T
+    by_hand = F.cross_entropy(logits, LABELS[:4])
+    pull = (1 - F.cosine_similarity(vectors, targets)).mean()
+    steps: list[dict] = []
+    one.fit(LabelledTexts(encoder.tokenize(TEXTS).tokens, labels, targets), log=steps.append)
+    assert steps[0]["loss/labels"] == pytest.approx(float(by_hand), abs=1e-5)
+    assert steps[0]["loss/teacher"] == pytest.approx(float(pull), abs=1e-5)
+    assert steps[0]["loss"] == pytest.approx(float(by_hand + 2 * pull), abs=1e-5)
+
+
+def test_a_batch_without_a_label_trains_on_targets_alone(encoder: Encoder) -> None:
+    one = training(encoder, distillation=1.0)
+    before = one.head.weight.detach().clone()
+    steps: list[dict] = []
+    one.fit(labelled(encoder, torch.full((12,), NO_LABEL)), log=steps.append)
+    assert {step["loss/labels"] for step in steps} == {0.0}
+    assert torch.equal(one.head.weight, before)
+
+
+def test_fixed_classes_stay_and_new_ones_keep_the_state_of_the_old(encoder: Encoder) -> None:
+    one = training(encoder, classes=2, epochs=2.0)
+    one.fit(labelled(encoder, LABELS % 2, pulled=False))
+    old, moments = one.head.weight.detach().clone(), one.optimizer.state[one.head.weight]["exp_avg"].clone()
+    assert moments.any()
+    one.add_classes(1)
+    assert torch.equal(one.optimizer.state[one.head.weight]["exp_avg"][:2], moments)
+    one.fit(labelled(encoder, torch.full((12,), 2), pulled=False), fixed_classes=2)
+    assert torch.equal(one.head.weight[:2], old)
+    one.fit(labelled(encoder, torch.full((12,), 2), pulled=False))
+    assert not torch.equal(one.head.weight[:2], old)  # as they would have gone
+
+
+def test_the_rate_rises_and_falls_anew_with_every_fit(encoder: Encoder) -> None:
+    one = training(encoder, epochs=4.0, warmup_fraction=0.25)
+    for _ in range(2):
+        steps: list[dict] = []
+        one.fit(labelled(encoder, pulled=False), log=steps.append)
+        rates = [step["lr"] for step in steps]
+        assert rates.index(max(rates)) == 3
+        assert rates[0] < 0.2 * max(rates) > rates[-1]
+
+
+def test_what_cannot_be_trained_is_named(encoder: Encoder) -> None:
+    with pytest.raises(RecipeError, match=r"width 5, .* gives 32"):
+        LabelTraining(encoder, CosineLinear(5, 3), LabelConfig())
+    with pytest.raises(RecipeError, match="none were given"):
+        training(encoder, distillation=1.0).fit(labelled(encoder, pulled=False))
+    with pytest.raises(RecipeError, match=r"epochs is above 0, got 0\.0; distillation is 0 or more, got -1\.0"):
+        LabelConfig(epochs=0.0, distillation=-1.0)
+    tokens = encoder.tokenize(TEXTS).tokens
+    with pytest.raises(DataError, match=r"\[12, 3\]"):
+        LabelledTexts(tokens, LABELS[:3])
+    with pytest.raises(DataError, match="target of text 7 is not finite"):
+        LabelledTexts(tokens, LABELS, torch.ones(12, 4).index_fill(0, torch.tensor([7]), torch.nan))
+    one = training(encoder)
+    one.head.sigma.data.fill_(torch.nan)
+    with pytest.raises(NumericsError, match="step 1: the loss is nan"):
+        one.fit(labelled(encoder, pulled=False))
+
+
+def test_herding_keeps_the_mean_direction_of_each_class() -> None:
+    vectors, labels = F.normalize(torch.randn(40, 6) + 1), torch.arange(40) % 2
+    chosen = herd(vectors, labels, 4)
+    assert labels[chosen].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    for label in (0, 1):
+        points = vectors[labels == label]
+        greedy: list[int] = []
+        for _ in range(4):  # every choice, tried
+            rest = [row for row in range(len(points)) if row not in greedy]
+            greedy.append(min(rest, key=lambda row: (points.mean(0) - points[[*greedy, row]].mean(0)).norm().item()))
+        own = torch.nonzero(labels == label).flatten()
+        assert own[torch.tensor(greedy)].tolist() == chosen[labels[chosen] == label].tolist()
+    assert herd(vectors, labels, 0).tolist() == []
+    assert sorted(herd(vectors[:3], labels[:3], 9).tolist()) == [0, 1, 2]
+
+
+def trained(model: str) -> dict[str, list[float]]:
+    """In one of some processes: the losses of a run, and the weights it ends with, of which each process has a copy."""
+    distributed.device()
+    start = students.static(Encoder.from_pretrained(model), width=16).double()  # AdamW makes steps of roundings
+    one = training(start, distillation=3.0, epochs=2.0)
+    one.head.double()
+    steps: list[dict] = []
+    labels = torch.where(torch.arange(12) % 4 > 0, LABELS, NO_LABEL)
+    one.fit(LabelledTexts(start.tokenize(TEXTS).tokens, labels, start.encode(TEXTS).double()), log=steps.append)
+    weights = torch.cat([p.detach().flatten() for p in (*one.encoder.parameters(), *one.head.parameters())])
+    return {"losses": [step["loss"] for step in steps], "weights": weights.tolist()}
+
+
+def test_two_processes_train_as_one(tiny_bert: Path, tmp_path: Path) -> None:
+    two = processes.run(trained, 2, tmp_path, model=str(tiny_bert))
+    assert two[0] == two[1]
+    one = trained(str(tiny_bert))
+    assert two[0]["losses"] == pytest.approx(one["losses"], rel=1e-6)
+    assert two[0]["weights"] == pytest.approx(one["weights"], abs=1e-9)
