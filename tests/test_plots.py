@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from distill import plots
 from distill.errors import DataError
+from distill.metrics import Interval
 
 LONG = "A summary line that is far too long to stand beside a row of a heat map."
 
@@ -133,6 +134,90 @@ def test_a_file_that_is_no_log_is_named(tmp_path: Path) -> None:
         plots.loss_curve(run_folder(tmp_path, {"step": 1, "loss": 1.0}, "loss 2", {"step": 3, "loss": 1.0}))
     with pytest.raises(DataError, match="no finished step"):
         plots.loss_curve(run_folder(tmp_path, end=""))
+
+
+def on_circle(*degrees: float) -> torch.Tensor:
+    turns = torch.tensor(degrees).deg2rad()
+    return torch.stack([turns.cos(), turns.sin()], dim=1)
+
+
+def test_students_stand_on_the_circle_with_arrows_where_they_are_pulled() -> None:
+    teacher, student = on_circle(10.0, 100.0), on_circle(40.0, 90.0).requires_grad_()
+    pulls = {"both": torch.tensor([[0.0, -1.0], [0.5, 0.0]]), "one": torch.tensor([[1.0, 0.0], [0.0, 0.0]])}
+    pulls["none"] = torch.zeros(2, 2)
+    figure = plots.circles(dict.fromkeys(pulls, student), teacher, pulls, columns=2)
+    both, one, none, empty = figure.axes
+    assert [ax.get_title() for ax in (both, one, none)] == list(pulls)
+    assert [len([text for text in ax.texts if getattr(text, "arrow_patch", None)]) for ax in figure.axes] == [
+        2,
+        1,
+        0,
+        0,
+    ]
+    assert not empty.axison
+    rings, dots = both.collections
+    np.testing.assert_allclose(rings.get_offsets(), teacher)
+    np.testing.assert_allclose(dots.get_offsets(), student.detach())
+    assert sorted(texts(none.texts)) == ["1", "1", "2", "2"]
+    figure.savefig(BytesIO(), format="png")
+
+
+def test_the_way_of_a_student_is_a_line_that_ends_in_its_dot() -> None:
+    way = torch.stack([on_circle(0.0, 90.0), on_circle(5.0, 85.0), on_circle(9.0, 80.0)])
+    ax = plots.circles({"way": way}, way[0]).axes[0]
+    _, first, second = ax.lines  # behind the circle itself
+    np.testing.assert_allclose(first.get_xydata(), way[:, 0])
+    np.testing.assert_allclose(second.get_xydata(), way[:, 1])
+    np.testing.assert_allclose(ax.collections[1].get_offsets(), way[-1])
+    with pytest.raises(ValueError, match=r"one student or more, with pulls for each or none, got \['a'\]"):
+        plots.circles({"a": way[0]}, way[0], {})
+
+
+def test_classes_have_their_points_and_an_arrow_for_each_proxy() -> None:
+    points, labels = on_circle(0.0, 90.0, 180.0), torch.tensor([0, 1, 0])
+    proxies = {"one": on_circle(3.0, 90.0) * 7, "two": on_circle(0.0, 180.0, 90.0, 91.0)}
+    one, two = plots.classes_on_circle(points, labels, proxies, nb_proxy={"two": 2}).axes
+    for ax, arrows in ((one, 2), (two, 4)):
+        assert [dots.get_label() for dots in ax.collections] == ["class 0", "class 1"]
+        np.testing.assert_allclose(ax.collections[0].get_offsets(), points[labels == 0])
+        assert len(ax.texts) == arrows
+    first, second = (np.linalg.norm(arrow.xy) for arrow in one.texts)
+    assert 0.5 < second < first < 1
+    assert np.arctan2(*one.texts[0].xy[::-1]) == pytest.approx(np.deg2rad(3.0), abs=1e-5)
+
+
+def test_accuracies_over_tasks_are_percent_with_a_band_of_the_seeds() -> None:
+    seen = {"fine-tuning": torch.tensor([[0.9, 0.5], [0.7, 0.3]]), "frozen": torch.tensor([[0.8, 0.8]])}
+    ax = plots.accuracy_over_tasks(seen, classes_a_task=[11, 11]).axes[0]
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[11, 80], [22, 40]])
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (pytest.approx(30), pytest.approx(90))
+    assert ax.get_xlabel() == "classes learned"
+    assert plots.accuracy_over_tasks(seen).axes[0].get_xlabel() == "tasks learned"
+
+
+def test_accuracies_of_tasks_still_to_come_are_left_empty() -> None:
+    matrix = torch.tensor([[0.9, 0.1], [0.456, 0.8]])
+    one, other, bar = plots.accuracy_matrices({"one": matrix, "other": matrix / 2}).axes
+    assert texts(one.texts) == ["90", "46", "80"]
+    assert one.images[0].get_clim() == other.images[0].get_clim() == (0, 100)
+    assert (one.get_ylabel(), other.get_ylabel(), bar.get_ylabel()) == ("after task", "", "accuracy, %")
+    with pytest.raises(ValueError, match="one matrix or more"):
+        plots.accuracy_matrices({})
+
+
+def test_lines_and_intervals_have_their_names_and_numbers() -> None:
+    ax = plots.lines({"a": {1.0: 0.5, 10.0: 0.7}, "b": {1.0: 0.1}}, x_label="x", y_label="y", log_x=True).axes[0]
+    assert [line.get_label() for line in ax.lines] == ["a", "b"]
+    assert (ax.get_xscale(), ax.get_xlabel(), ax.get_ylabel()) == ("log", "x", "y")
+    with pytest.raises(ValueError, match="1 to 5 curves, got 6"):
+        plots.lines({str(number): {0.0: 0.0} for number in range(6)}, x_label="", y_label="")
+
+    scores = {"teacher": Interval(value=0.6, low=0.5, high=0.7), "student": Interval(value=0.4, low=0.3, high=0.5)}
+    ax = plots.intervals(scores, x_label="nDCG@10").axes[0]
+    assert texts(ax.get_yticklabels()) == ["teacher", "student"]
+    assert texts(ax.texts) == ["0.600", "0.400"]
+    assert ax.yaxis_inverted()
 
 
 def test_drawing_needs_no_window_and_leaves_pyplot_alone() -> None:

@@ -1,30 +1,25 @@
-"""Figures for notebooks: each function returns a matplotlib Figure and shows nothing; matplotlib is imported when one is drawn.
+"""Matrices as heat maps.
 
 Cosines go from light to dark in one colour, so that a figure reads the same in grey, and one scale serves all panels of a figure.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.errors import DataError
+from distill.plots.frame import blank, short
 
 if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
     import matplotlib.image
 
-COLOURS = ("#0b5394", "#c4550a", "#3a7d34", "#7a3e9d", "#555555")  # as dark as each other, so told apart by marker too
-MARKERS = ("o", "s", "^", "D", "v")
 LIGHT_TO_DARK = "YlGnBu"
-LABEL_CHARACTERS = 34
 CELLS_INCHES = 6.0  # of the longer side of a single matrix
 PRINTED_CELLS = 150  # of a matrix; more are too small for a number
 
@@ -49,7 +44,7 @@ def similarity_heatmap(
         _draw_matrix(ax, matrix, rows, columns, title, limits)
         return _figure_of(ax)
     height, width = (min(0.45, CELLS_INCHES / max(matrix.shape)) * size for size in matrix.shape)
-    figure = _figure(width + 1.2 + 2.3 * bool(rows), max(height, 1.5) + 0.5 + 2.0 * bool(columns))
+    figure = blank(width + 1.2 + 2.3 * bool(rows), max(height, 1.5) + 0.5 + 2.0 * bool(columns))
     ax = figure.add_subplot()
     figure.colorbar(_draw_matrix(ax, matrix, rows, columns, title, limits), ax=ax, label="cosine")
     return figure
@@ -69,7 +64,7 @@ def similarity_heatmaps(
         _check_labels(matrix, rows, columns)
     limits = _limits(list(matrices.values()))
     width = panel_inches * len(matrices) + 0.8 + 2.2 * bool(rows)
-    figure = _figure(width, panel_inches + 0.5 + 1.8 * bool(columns))
+    figure = blank(width, panel_inches + 0.5 + 1.8 * bool(columns))
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for number, (ax, (name, matrix)) in enumerate(zip(axes, matrices.items(), strict=True)):
         image = _draw_matrix(ax, matrix, None if number else rows, columns, name, limits)
@@ -77,61 +72,27 @@ def similarity_heatmaps(
     return figure
 
 
-def cost_curve(
-    seconds: Mapping[str, Mapping[int, float]],
-    allocated: Mapping[str, Mapping[int, float]],
-    *,
-    size_label: str = "rows on each side (b = n)",
+def accuracy_matrices(
+    matrices: Mapping[str, Float[Tensor, "s s"]], *, panel_inches: float = 2.9
 ) -> "matplotlib.figure.Figure":
-    """Time and allocated bytes against size, one line a method, {method: {size: value}}; both axes are logarithmic."""
-    figure = _figure(7.5, 2.8)
-    panels = zip(
-        figure.subplots(1, 2), (seconds, allocated), ("milliseconds", "megabytes allocated"), (1e3, 1e-6), strict=True
-    )
-    for ax, curves, label, factor in panels:
-        _draw_curves(
-            ax, {name: {size: value * factor for size, value in curve.items()} for name, curve in curves.items()}
-        )
-        ax.set(xlabel=size_label, ylabel=label)
+    """Accuracies over tasks, a panel for each way of learning: row t after task t, column k on task k, in percent.
+
+    What stands above the diagonal, of tasks still to come, is left empty.
+    """
+    if not matrices:
+        raise ValueError("accuracy_matrices draws one matrix or more, got none.")
+    figure = blank(panel_inches * len(matrices) + 0.9, panel_inches + 0.3)
+    axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
+        known = torch.ones_like(matrix, dtype=torch.bool).tril()
+        values = matrix.detach().float().masked_fill(~known, math.nan)
+        image = _draw_matrix(ax, 100 * values, None, None, name, (0.0, 100.0), digits=0)
+        numbers = range(len(matrix))
+        ax.set_xticks(numbers, [str(number + 1) for number in numbers])
+        ax.set_yticks(numbers, [str(number + 1) for number in numbers])
+        ax.set(xlabel="test texts of task", ylabel="after task" if ax is axes[0] else "")
+    figure.colorbar(image, ax=list(axes), label="accuracy, %", shrink=0.9)
     return figure
-
-
-def loss_curve(metrics: str | Path, *, title: str = "") -> "matplotlib.figure.Figure":
-    """The loss of each step of a run, and the parts of a sum of losses, from its metrics.jsonl (or the run's folder)."""
-    path = Path(metrics)
-    entries = read_metrics(path / "metrics.jsonl" if path.is_dir() else path)
-    figure = _figure(5.0, 2.6)
-    ax = figure.add_subplot()
-    logged = dict.fromkeys(name for entry in entries for name in entry)  # a term may begin later
-    names = [name for name in logged if name == "loss" or name.startswith("loss/")]
-    for name, colour in zip(names, COLOURS * len(names), strict=False):
-        line = [entry.get(name, math.nan) for entry in entries]
-        ax.plot([entry["step"] for entry in entries], line, color=colour, label=name.removeprefix("loss/"))
-    ax.set(xlabel="step", ylabel="loss")
-    ax.set_title(title, fontsize=10)
-    _plain(ax, legend=len(names) > 1)
-    return figure
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a metrics.jsonl, one JSON object a line; the last line may be half written while the run goes on."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist. A run writes metrics.jsonl into its output folder.")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise DataError(f"{path}, line {number} is no JSON: {line[:80]!r}.") from error
-    if not entries or not {"step", "loss"} <= set(entries[0]):
-        raise DataError(f"{path} holds no finished step yet; expected lines with step and loss.")
-    return entries
-
-
-# Parts
 
 
 def _draw_matrix(
@@ -141,6 +102,8 @@ def _draw_matrix(
     columns: Sequence[str] | None,
     title: str,
     limits: tuple[float, float],
+    *,
+    digits: int = 2,
 ) -> "matplotlib.image.AxesImage":
     values = matrix.detach().float().cpu().numpy()
     image = ax.imshow(values, cmap=LIGHT_TO_DARK, vmin=limits[0], vmax=limits[1], interpolation="nearest")
@@ -150,42 +113,27 @@ def _draw_matrix(
     ax.set_yticks(*_ticks(rows))
     ax.set_xticks(*_ticks(columns), rotation=90)
     if values.size <= PRINTED_CELLS:
-        _print_values(ax, image, values)
+        _print_values(ax, image, values, digits)
     return image
 
 
-def _print_values(ax: "matplotlib.axes.Axes", image: "matplotlib.image.AxesImage", values: np.ndarray) -> None:
+def _print_values(
+    ax: "matplotlib.axes.Axes", image: "matplotlib.image.AxesImage", values: np.ndarray, digits: int
+) -> None:
     for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
         red, green, blue, _ = image.cmap(image.norm(value))
         colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-        ax.text(column, row, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", fontsize=7, color=colour)
-
-
-def _draw_curves(ax: "matplotlib.axes.Axes", curves: Mapping[str, Mapping[int, float]]) -> None:
-    styles = zip(COLOURS, MARKERS, strict=True)
-    for (name, curve), (colour, marker) in zip(curves.items(), styles, strict=False):
-        ax.plot(list(curve), list(curve.values()), color=colour, marker=marker, markersize=4, label=name)
-    sizes = sorted({size for curve in curves.values() for size in curve})
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    ax.tick_params(labelsize=8)
-    _plain(ax, legend=True)
-
-
-def _plain(ax: "matplotlib.axes.Axes", *, legend: bool) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-    if legend:
-        ax.legend(frameon=False, fontsize=8)
-
-
-def _figure(width: float, height: float) -> "matplotlib.figure.Figure":
-    """A figure of no window and no pyplot: nothing has to be closed, and nothing is drawn twice."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=90, layout="constrained")
+        ax.text(
+            column,
+            row,
+            f"{round(float(value), digits) + 0.0:.{digits}f}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=colour,
+        )
 
 
 def _figure_of(ax: "matplotlib.axes.Axes") -> "matplotlib.figure.Figure":
@@ -206,14 +154,7 @@ def _limits(matrices: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def _ticks(labels: Sequence[str] | None) -> tuple[list[int], list[str]]:
-    return list(range(len(labels or ()))), [_short(label) for label in labels or ()]
-
-
-def _short(text: str) -> str:
-    """One line of at most 34 characters; a $ is a $, not mathematics."""
-    line = " ".join(text.split())
-    line = line if len(line) <= LABEL_CHARACTERS else line[: LABEL_CHARACTERS - 1].rstrip() + "…"
-    return line.replace("$", r"\$")
+    return list(range(len(labels or ()))), [short(label) for label in labels or ()]
 
 
 def _check_labels(matrix: Tensor, rows: Sequence[str] | None, columns: Sequence[str] | None) -> None:
