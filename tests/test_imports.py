@@ -67,6 +67,7 @@ ORDER = [
     "data",
     "classes",
     "docstrings",
+    "course",
     "alignment",
     "store.compression",
     "store.shards",
