@@ -1,25 +1,37 @@
 """CosineLinear on an encoder's vectors: class proxies, a learned sigma, exact accuracy.
 
-accelerate launch recipes/classify.py --train-data train.csv --test-data test.csv --encoder runs/quickstart/student
+With --train-encoder the encoder learns the labels too, and stays in the teacher's space, held by stored vectors.
+
+The teacher's vectors need no label: texts that --shots leaves out are trained on all the same.
+
+    accelerate launch recipes/classify.py --train-data train.csv --test-data test.csv --encoder runs/mine/student
+    accelerate launch recipes/classify.py --train-data train.csv --test-data test.csv --encoder runs/mine/student \\
+        --train-encoder
 """
 
-from collections import Counter
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from distill import cli, distributed, files
+from distill.classes import shots
 from distill.config import TeacherConfig
 from distill.data import Labelled, load_labelled
+from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import encode_everywhere
-from distill.export import this_command
+from distill.export import Provenance, export, this_command
 from distill.heads import CosineLinear, classification_loss, parameter_groups
 from distill.metrics import bootstrap_interval
+from distill.similarity import pairwise_cosine
+from distill.training import NO_LABEL, LabelConfig, LabelledTexts, LabelTraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +47,25 @@ class Recipe:
     proxies: int = 1
     """Proxies a class."""
     steps: int = 300
-    """Of AdamW, each over all training vectors."""
+    """Of AdamW on the head alone, each over all training vectors."""
     learning_rate: float = 0.01
-    """Of the proxies."""
+    """Of the proxies, the encoder being left as it is."""
     sigma_learning_rate: float = 0.1
-    """Of sigma, the learned scale of the cosines."""
+    """Of sigma, the learned scale of the cosines, likewise."""
     sigma_init: float = 16.0
     """Where sigma starts."""
     max_length: int | None = None
     """Tokens a text is cut at; None: the encoder's own limit."""
+    train_encoder: bool = False
+    """Train the encoder, too: on the labels, and on the teacher's vectors of all training texts (--labels.*, --teacher.*)."""
+    store: Path | None = None
+    """Folder of the teacher's vectors; None: in the cache, by teacher."""
     output: Path = Path("runs/classify")
     """Folder of the result."""
     seed: int = 0
-    """Of the choice of shots and the proxies."""
+    """Of the choice of shots, the proxies, and the order of texts."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    labels: LabelConfig = field(default_factory=LabelConfig)
 
     def __post_init__(self) -> None:
         wrong = [
@@ -64,12 +82,13 @@ def main(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     data = load_labelled(recipe.train_data, recipe.test_data)
     encoder = Encoder.from_pretrained(recipe.encoder, max_length=recipe.max_length).to(distributed.device())
-    chosen = shots(data, recipe.shots, recipe.seed)
-    vectors = encode_everywhere(encoder, [data.texts[i] for i in chosen], progress="training texts")
-    head = fit(recipe, vectors, torch.tensor([data.labels[i] for i in chosen]), len(data.names))
+    chosen = shots(data, recipe.shots, seed=recipe.seed)
+    head, more = (
+        together(recipe, data, encoder, chosen) if recipe.train_encoder else alone(recipe, data, encoder, chosen)
+    )
 
     test = encode_everywhere(encoder, data.test.texts, progress="test texts")
-    right = (head(test)["logits"].argmax(dim=1) == torch.tensor(data.test.labels)).double()
+    right = (head.cpu()(test)["logits"].argmax(dim=1) == torch.tensor(data.test.labels)).double()
     accuracy = bootstrap_interval(right)
     report = {
         "encoder": encoder.name,
@@ -80,30 +99,25 @@ def main(recipe: Recipe) -> None:
         "classes": len(data.names),
         "sigma": float(head.sigma),
     }
-    distributed.main_first(partial(files.write_json, recipe.output / "report.json", report))
+    distributed.main_first(partial(files.write_json, recipe.output / "report.json", report | more))
     cli.say(
         f"accuracy {accuracy} (95 % interval) on {len(right):,} texts of {len(data.names)} classes, trained on {len(chosen):,}; "
         f"sigma {float(head.sigma):.1f}; written to {recipe.output / 'report.json'}"
     )
 
 
-def shots(data: Labelled, count: int | None, seed: int) -> list[int]:
-    """Numbers of `count` texts of each class, drawn by seed; of all without a count."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    seen: Counter[int] = Counter()
-    chosen = []
-    for number in order:
-        seen[data.labels[number]] += 1
-        if count is None or seen[data.labels[number]] <= count:
-            chosen.append(number)
-    return chosen
+def new_head(recipe: Recipe, width: int, classes: int) -> CosineLinear:
+    return CosineLinear(width, classes, recipe.proxies, to_reduce=True, sigma_init=recipe.sigma_init, gamma=10.0)
 
 
-def fit(recipe: Recipe, vectors: torch.Tensor, labels: torch.Tensor, classes: int) -> CosineLinear:
+# The head alone
+
+
+def alone(recipe: Recipe, data: Labelled, encoder: Encoder, chosen: list[int]) -> tuple[CosineLinear, dict[str, Any]]:
     """Imprint the proxies, then train them and sigma on all vectors at once."""
-    head = CosineLinear(
-        vectors.shape[1], classes, recipe.proxies, to_reduce=True, sigma_init=recipe.sigma_init, gamma=10.0
-    )
+    vectors = encode_everywhere(encoder, [data.texts[i] for i in chosen], progress="training texts")
+    labels = torch.tensor([data.labels[i] for i in chosen])
+    head = new_head(recipe, vectors.shape[1], len(data.names))
     head.imprint(vectors, labels)
     optimizer = torch.optim.AdamW(
         parameter_groups(head, lr=recipe.learning_rate, sigma_lr=recipe.sigma_learning_rate, weight_decay=0.0)
@@ -112,7 +126,51 @@ def fit(recipe: Recipe, vectors: torch.Tensor, labels: torch.Tensor, classes: in
         optimizer.zero_grad()
         classification_loss(head(vectors), labels).backward()
         optimizer.step()
-    return head.eval()
+    return head.eval(), {}
+
+
+# Head and encoder
+
+
+def together(
+    recipe: Recipe, data: Labelled, encoder: Encoder, chosen: list[int]
+) -> tuple[CosineLinear, dict[str, Any]]:
+    """Train both; leaves OUTPUT/student, head.safetensors and metrics.jsonl. The report says how near to the teacher the encoder stays."""
+    teacher = recipe.teacher.load()
+    store = embed([*data.texts, *data.test.texts], teacher, recipe.store)
+    held_out = store.vectors(data.test.texts, prompt=teacher.prompt(None))
+    cosines = {"before": float(pairwise_cosine(encode_everywhere(encoder, data.test.texts), held_out).mean())}
+
+    rows = label_rows(data, chosen)
+    texts, labels = [data.texts[row] for row in rows], torch.tensor([data.labels[row] for row in rows])
+    labels[~torch.isin(torch.tensor(rows), torch.tensor(chosen))] = NO_LABEL
+    head = new_head(recipe, encoder.width, len(data.names))
+    head.imprint(encode_everywhere(encoder, texts)[labels != NO_LABEL], labels[labels != NO_LABEL])
+    training, steps = LabelTraining(encoder, head, replace(recipe.labels, seed=recipe.seed)), []
+    targets = store.vectors(texts, prompt=teacher.prompt(None))
+    training.fit(LabelledTexts(encoder.tokenize(texts).tokens, labels, targets), log=steps.append)
+
+    cosines["after"] = float(pairwise_cosine(encode_everywhere(encoder, data.test.texts), held_out).mean())
+    provenance = Provenance(teacher=teacher, data=recipe.train_data, loss=repr(recipe.labels))
+    distributed.main_first(partial(write, recipe.output, encoder, head, provenance, steps))
+    cli.say(f"cosine to the teacher on the test texts: {cosines['before']:.3f} before, {cosines['after']:.3f} after")
+    return head.eval(), {"cosine_to_teacher": cosines}
+
+
+def label_rows(data: Labelled, chosen: list[int]) -> list[int]:
+    """All training texts; those with a label as often as makes them about as many as those without."""
+    rest = sorted(set(range(len(data))) - set(chosen))
+    return chosen * max(1, round(len(rest) / len(chosen))) + rest
+
+
+def write(
+    output: Path, encoder: Encoder, head: CosineLinear, provenance: Provenance, steps: list[dict[str, Any]]
+) -> None:
+    export(encoder, output / "student", provenance=provenance)
+    with files.published_file(output / "head.safetensors") as temporary:
+        save_file({name: value.cpu() for name, value in head.state_dict().items()}, temporary)
+    with files.published_file(output / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
 
 
 if __name__ == "__main__":

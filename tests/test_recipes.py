@@ -72,7 +72,15 @@ SMALL = {
         "all": "--models {bert} {mpnet} --teacher.name {bert} --texts {texts} --evaluation.sts {sts} "
         "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels} --gate cosine>=0.99 cka>=0.99"
     },
-    "classify": {"all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --steps 20 --shots 8"},
+    "classify": {
+        "all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --steps 20 --shots 8",
+        "together": "--train-data {labelled} --test-data {labelled} --encoder {bert} --shots 1 --train-encoder "
+        "--teacher.name {bert} --teacher.max-length 64 --labels.epochs 3 --labels.batch-size 24",
+    },
+    "incremental": {
+        "all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --tasks 3 --memory 1 --seeds 0 1 "
+        "--labels.epochs 2 --labels.batch-size 16",
+    },
     "bench_losses": {
         "all": "--losses cross_contrastive gram_mse rank_hinge --shapes 24 24 24 40 --width 32 --repeats 2 "
         "--arms naive attention one-tile distill liger-kernel"
@@ -100,7 +108,9 @@ PLANS = {
 VARIANTS = [(recipe, variant) for recipe, variants in SMALL.items() for variant in variants]
 MEASURING = ("bench_losses", "bench_pipeline", "compare_peers")  # of one process
 STUDENTS = [
-    (recipe, variant) for recipe, variant in VARIANTS if recipe not in ("ablate", "classify", "evaluate", *MEASURING)
+    (recipe, variant)
+    for recipe, variant in VARIANTS
+    if recipe not in ("ablate", "classify", "evaluate", "incremental", *MEASURING)
 ]
 
 
@@ -260,7 +270,7 @@ def add_small_runs() -> None:
         launchers = {"one": PYTHON, "two": [*TORCHRUN, str(29610 + number)]}
         for processes, launcher in launchers.items():
             place = f"{name}-{processes}"
-            own = "" if recipe in ("classify", "bench_losses") else f" --store stores/{place}"
+            own = "" if recipe in ("bench_losses", "incremental") else f" --store stores/{place}"
             JOBS[place] = lambda s, r=recipe, f=flags + own, p=place, la=launcher: s.run(r, f, p, la)
 
 
@@ -323,6 +333,14 @@ BAD = {
         "--losses gram_mse --shapes 10 20",
         2,
         ["give --shapes of as many columns as rows"],
+    ),
+    "one task": ("incremental", "--train-data x --encoder x --tasks 1", 2, ["--tasks is 2 or more, got 1"]),
+    "no such way": ("incremental", "--train-data x --encoder x --ways ewc", 2, ["--ways knows fine-tuning", "got ewc"]),
+    "pull below 0": (
+        "classify",
+        "--train-data x --test-data x --labels.distillation -1",
+        2,
+        ["distillation is 0 or more, got -1.0"],
     ),
     "no proxies": ("classify", "--train-data x --test-data x --proxies 0", 2, ["--proxies must be above 0"]),
     "impossible": (
@@ -632,6 +650,40 @@ def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
     assert report["accuracy"]["low"] <= report["accuracy"]["value"] <= report["accuracy"]["high"]
     assert report["accuracy"]["value"] > 2 / report["classes"]
     assert f"accuracy {report['accuracy']['value']:.3f}" in ran.out
+
+
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_classify_trains_encoder_and_head_and_leaves_both(session: Session, processes: str) -> None:
+    ran = session(f"classify-together-{processes}").all_is_well()
+    report, head = ran.json("report.json"), load_file(ran.output / "head.safetensors")
+    names = {"recipe.json", "report.json", "student", "head.safetensors", "metrics.jsonl"}
+    assert {path.name for path in ran.output.iterdir()} == names
+    assert head["weight"].shape == (report["classes"], Encoder.from_pretrained(ran.output / "student").width)
+    assert float(head["sigma"]) == report["sigma"]
+    assert report["cosine_to_teacher"]["before"] == pytest.approx(1, abs=1e-4)  # it is its own teacher
+    assert 0.5 < report["cosine_to_teacher"]["after"] < 1
+    steps, alone = ran.metrics(), session("classify-together-one").metrics()
+    assert steps[0]["loss"] > steps[-1]["loss"]
+    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in alone], rel=1e-3)
+
+
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_incremental_compares_ways_to_learn_classes(session: Session, processes: str) -> None:
+    ran = session(f"incremental-all-{processes}").all_is_well()
+    ways = ran.json("report.json")["ways"]
+    assert list(ways) == ["fine-tuning", "fixed proxies", "less-forget", "frozen encoder"]
+    for name, way in ways.items():
+        assert [[len(row) for row in matrix] for matrix in way["accuracy of each task"]] == [[1, 2, 3], [1, 2, 3]]
+        average = way["average incremental accuracy"]
+        assert average == pytest.approx([sum(seen) / 3 for seen in way["accuracy after each task"]])
+        assert f"| {name} | {sum(average) / 2:.3f} ({min(average):.3f} to {max(average):.3f}) |" in ran.out
+    assert ways["frozen encoder"] == session("incremental-all-one").json("report.json")["ways"]["frozen encoder"]
+    assert {path.name for path in ran.output.iterdir()} == {
+        "recipe.json",
+        "report.json",
+        "accuracy.svg",
+        "matrices.svg",
+    }
 
 
 def test_bench_losses_shows_what_it_measured(session: Session) -> None:
