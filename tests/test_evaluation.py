@@ -362,3 +362,11 @@ def test_nothing_to_measure_is_an_empty_table(tmp_path: Path, tiny_model: Callab
     scores = evaluate({"student": teacher}, teacher, EvaluationData(), store=tmp_path / "store")
     assert scores.table == {"teacher": {}, "student": {}}
     assert scores.speeds == {}
+
+
+def test_texts_are_listed_by_the_role_they_are_read_in() -> None:
+    task = Retrieval(corpus_ids=["1", "2"], corpus=["a", "c"], query_ids=["1"], queries=["q"], qrels={"1": {"1": 1}})
+    pairs = Pairs(sentence1=["a", "b"], sentence2=["b", "c"], score=[1.0, 2.0])
+    data = EvaluationData(texts=["a", "b", "a"], role="document", pairs={"": pairs}, retrieval={"": task})
+    assert data.by_role() == {"document": ["a", "b", "c"], None: ["a", "b", "c"], "query": ["q"]}
+    assert EvaluationData().by_role() == {None: []}
