@@ -51,7 +51,7 @@ def summary(run: Run, scores: Scores) -> str:
         *_line("against the teacher", _ratios(scores)),
         *(["", scores.stored_table(), ""] if scores.stored else []),
         f"trained {run.steps:,} steps in {run.seconds:,.0f} s on {run.report}"
-        + (f"; {run.padding:.1%} of what it computed was padding" if run.padding is not None else ""),
+        + (f"; {run.padding:.1%} padding" if run.padding is not None else ""),
         "",
         f"The student is in {run.output / 'student'}, all numbers are in {run.output / page.REPORT}, to look at in {run.output / page.PAGE}.",
         "To use it:",

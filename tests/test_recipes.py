@@ -30,6 +30,7 @@ from distill.encoder import Encoder
 from distill.sides import cut
 from distill.store import Store, text_keys
 
+pytestmark = pytest.mark.timeout(3000)  # a test may wait for the runs of all others, which were started before its own
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if not path.name.startswith("_"))
 PYTHON = [sys.executable]
@@ -171,7 +172,7 @@ class Session:
 
     def shell(self, command: list[str], output: Path) -> Ran:
         done = subprocess.run(
-            command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=300, check=False
+            command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=600, check=False
         )
         return Ran(done.returncode, done.stdout, done.stderr, output)
 

@@ -114,8 +114,8 @@ if __name__ == "__main__":
     parser.add_argument("--fault")
     given = parser.parse_args()
     folder, rank = given.output / "checkpoints", int(os.environ.get("RANK", "0"))
-    if given.fault == "fails" and rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
-        sys.exit(5)
+    if given.fault == "fails":
+        sys.exit(5) if rank == int(os.environ.get("WORLD_SIZE", "1")) - 1 else time.sleep(60)
     saved = sorted(int(path.name[5:]) for path in folder.glob("step-*"))
     first = saved[-1] if saved and given.resume and given.fault != "starts over" else 0
     if rank == 0:

@@ -45,7 +45,7 @@ def _blocks(vectors: np.ndarray) -> Iterator[Rows]:
 
 def npy(vectors: np.ndarray, folder: Path) -> Read:
     np.save(folder / "vectors.npy", vectors)
-    mapped = np.load(folder / "vectors.npy", mmap_mode="r")
+    mapped = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
     return lambda rows: torch.from_numpy(mapped[rows]).float()
 
 
