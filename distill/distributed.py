@@ -7,7 +7,8 @@ constants. No collective runs backward either way.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ def agree(value: Any) -> Any:
 def main_first(action: Callable[[], Any]) -> Any:
     """Run `action` on the main process and hand its result to all. What it raises is raised on every process."""
     result, error = _attempt(action) if is_main() else (None, None)
-    value, raised = agree((result, _portable(error)))
+    with _said_before(error):
+        value, raised = agree((result, _portable(error)))
     _raise(error or raised)
     return value
 
@@ -86,7 +88,8 @@ def main_first(action: Callable[[], Any]) -> Any:
 def everywhere(action: Callable[[], Any]) -> list[Any]:
     """Run `action` on every process; its results in rank order. If it raises on one, all raise: nobody waits for the lost one."""
     result, error = _attempt(action)
-    outcomes = gather_objects((result, _portable(error)))
+    with _said_before(error):
+        outcomes = gather_objects((result, _portable(error)))
     _raise(error or next((other for _, other in outcomes if other), None))
     return [value for value, _ in outcomes]
 
@@ -162,6 +165,17 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         return action(), None
     except (Exception, Stopped) as error:
         return None, error
+
+
+@contextmanager
+def _said_before(error: BaseException | None) -> Iterator[None]:
+    """If the others cannot be told of an error because they are gone (one Ctrl-C ends all), it is still what is raised here."""
+    try:
+        yield
+    except RuntimeError as lost:
+        if error and lost_another(lost):
+            raise error from lost
+        raise
 
 
 def _raise(error: BaseException | None) -> None:

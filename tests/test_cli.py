@@ -265,9 +265,11 @@ def test_an_output_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Pa
 def small_recipe(tmp_path: Path) -> Path:
     script = tmp_path / "threads.py"
     script.write_text(
-        "import torch\nfrom distill import cli, distributed\nfrom dataclasses import dataclass\n"
+        "import os\nimport torch\nfrom distill import cli, distributed\nfrom dataclasses import dataclass\n"
         "@dataclass(frozen=True)\nclass Recipe:\n    pass\n"
-        "def main(recipe):\n    print('threads', torch.get_num_threads(), 'of', distributed.world_size(), 'processes')\n"
+        "def main(recipe):\n"
+        "    line = f'threads {torch.get_num_threads()} of {distributed.world_size()} processes\\n'\n"
+        "    os.write(1, line.encode())\n"  # at once: of two processes' buffers the words may come mixed
         "if __name__ == '__main__':\n    cli.run(main, Recipe)\n"
     )
     return script

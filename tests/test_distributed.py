@@ -1,5 +1,7 @@
 """N processes give the loss and the gradient of one process: real processes, real DDP, every loss."""
 
+import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distill import distributed, losses
-from distill.errors import DataError
+from distill.errors import DataError, Stopped
 from distill.losses import WeightedSum
 from distill.streaming import engine
 
@@ -296,6 +298,30 @@ def test_another_thread_has_no_part_in_a_share() -> None:
         with pytest.raises(ValueError, match="4 rows of a batch of which this process holds 2"):
             losses.embedding_mse(rows, -rows)
     assert elsewhere == losses.embedding_mse(rows, -rows)
+
+
+def test_one_ctrl_c_ends_all_and_whoever_finds_the_others_gone_says_what_stopped_it(tmp_path: Path) -> None:
+    group = processes.start(_stopped_last, 2, tmp_path)
+    assert group.wait() == [0, 143]
+    assert json.loads((group.folder / "0.json").read_text()) == ["terminated", "terminated"]
+
+
+def _stopped_last() -> list[str]:
+    dist.barrier()
+    if not distributed.is_main():
+        os._exit(143)
+    found = []
+    for together in (distributed.everywhere, distributed.main_first):
+        try:
+            together(_terminated)
+        except Stopped as error:
+            found.append(str(error))
+    return found
+
+
+def _terminated() -> None:
+    time.sleep(1)  # the other one is gone by then
+    raise Stopped("terminated", 143)
 
 
 def test_a_hung_group_is_killed_and_its_output_shown(tmp_path: Path) -> None:
