@@ -376,7 +376,7 @@ class _Job:
         if distributed.is_main():
             rate, padding = count / max(seconds, 1e-9), self._reading().padding
             print(
-                f"{self.name}: {count:,} in {seconds:,.0f} s, {rate:,.0f} a second; {padding:.1%} of what was computed was padding",
+                f"{self.name}: {count:,} in {seconds:,.0f} s, {rate:,.0f} a second; {padding:.1%} padding",
                 file=sys.stderr,
             )
 

@@ -4,6 +4,7 @@ Axes: b texts · t tokens of all texts, end to end · l tokens of the longest te
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,7 +14,7 @@ from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from distill import similarity
+from distill import similarity, unpadded
 from distill.quantized import TableFormat
 
 PoolingMode = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
@@ -63,7 +64,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Reading:
-    """Tokens that a transformer has read, and the places that it computed for them: what is more is padding."""
+    """Tokens that a transformer has read, and the places that they took: what is more is padding."""
 
     tokens: int = 0
     places: int = 0
@@ -80,8 +81,8 @@ class Reading:
 class TransformerBackbone(nn.Module):
     """A Hugging Face encoder and a pooling: tokens -> (b, d).
 
-    Texts are run in groups of similar length, so that a batch drawn at random costs little padding; the vectors come
-    back in the order of the batch. Padding stands on the right whatever the tokenizer prefers: absolute positions then
+    Texts are run in groups of similar length, and linear layers skip the padding that is left (unless the model is
+    compiled), so that a batch drawn at random costs little more than its tokens; the vectors come back in the order of the batch. Padding stands on the right whatever the tokenizer prefers: absolute positions then
     start at the text, and a vector does not depend on the texts beside it. A text without tokens gives the zero vector.
     """
 
@@ -127,8 +128,10 @@ class TransformerBackbone(nn.Module):
         mask = (torch.arange(longest) < lengths) | empty
         ids = torch.full(mask.shape, self.pad_id)
         ids[mask & ~empty] = tokens.ids.long()
+        skipping = nullcontext() if self.model._compiled_call_impl else unpadded.skipping(mask, device)
         mask = mask.to(device)
-        hidden = self.model(input_ids=ids.to(device), attention_mask=mask.long())[0]
+        with skipping:
+            hidden = self.model(input_ids=ids.to(device), attention_mask=mask.long())[0]
         return self.pooling(hidden, mask).masked_fill(empty.to(device), 0.0)
 
 

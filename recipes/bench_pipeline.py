@@ -54,7 +54,7 @@ class Recipe:
     column: str | None = None
     """Column of the texts."""
     limit: int = 2048
-    """Read this many texts at most; the teacher embeds them once, into the store, for the training steps."""
+    """Use this many texts, evenly spaced over all; the teacher embeds them once, into the store, for the training steps."""
     parts: tuple[Part, ...] = get_args(Part)
     """teacher: texts into vectors; step: a transformer student; static: a static one; reading: stored vectors."""
     repeats: int = 5
@@ -138,9 +138,10 @@ class Given:
 
     @cached_property
     def texts(self) -> list[str]:
-        if self.recipe.data:
-            return load_texts(self.recipe.data, column=self.recipe.column, limit=self.recipe.limit).texts
-        return docstring_pairs(limit=self.recipe.limit).texts()[: self.recipe.limit]
+        recipe = self.recipe
+        if recipe.data:
+            return spaced(load_texts(recipe.data, column=recipe.column).texts, recipe.limit)
+        return docstring_pairs(limit=recipe.limit).texts()[: recipe.limit]
 
     @cached_property
     def store(self) -> Store:
@@ -168,17 +169,22 @@ def main(recipe: Recipe) -> None:
         cli.say(f"Left out: {line}.")
 
 
+def spaced(texts: list[str], count: int) -> list[str]:
+    """So many of the texts, evenly spaced; all, if there are fewer."""
+    count = min(count, len(texts))
+    return [texts[number * len(texts) // count] for number in range(count)]
+
+
 def embedding(given: Given) -> list[Measured]:
     """Texts of all lengths there are into vectors, which are compared with those of the first arm."""
     recipe, by_length = given.recipe, sorted(given.texts, key=len)
-    count = min(recipe.encoded, len(by_length))
-    some = [by_length[number * len(by_length) // count] for number in range(count)]
+    some = spaced(by_length, recipe.encoded)
     size, folder = recipe.encode_batch_size, given.folder
     calls = {arm: encoding.WAYS[arm](given.teacher, some, folder, size) for arm in given.installed(list(encoding.WAYS))}
     vectors = {arm: call() for arm, call in calls.items()}  # once before the clock runs
     first = next(iter(vectors.values()))
     differences = {arm: encoding.largest_difference(one, first) for arm, one in vectors.items()}
-    return measured("teacher", count, measuring.in_turns(calls, recipe.repeats, given.teacher.device), differences)
+    return measured("teacher", len(some), measuring.in_turns(calls, recipe.repeats, given.teacher.device), differences)
 
 
 def transformer_steps(given: Given) -> list[Measured]:

@@ -47,6 +47,7 @@ ORDER = [
     "packages",
     "hub",
     "quantized",
+    "unpadded",
     "modules",
     "folder",
     "encoder",

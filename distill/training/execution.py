@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from distill import unpadded
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.modules import TransformerBackbone
@@ -67,7 +68,7 @@ def recomputed(student: Encoder, *, keep_random: bool) -> Iterator[None]:
 def _checkpointed(forward: Callable[..., Any], keep_random: bool, *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=keep_random, **options)
+    return checkpoint(unpadded.again(forward), *inputs, use_reentrant=False, preserve_rng_state=keep_random, **options)
 
 
 def layers(student: Encoder) -> nn.ModuleList:

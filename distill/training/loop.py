@@ -47,7 +47,7 @@ class Run:
     report: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     padding: float | None = None
-    """Share of what the student computed that was padding, on the main process; None of a static one, which has none."""
+    """Share of the student's places that were padding, on the main process; None of a static one, which has none."""
 
 
 def train(
