@@ -125,13 +125,15 @@ class Store:
             raise IndexError(
                 f"rows are 0..{len(self) - 1}, got {rows.min()}..{rows.max()}; -1 stands for a text that is not stored"
             )
-        columns = np.empty((len(rows), self.codec.columns), self.codec.format.dtype)
+        rising = np.empty((len(rows), self.codec.columns), self.codec.format.dtype)
         order = np.argsort(rows, kind="stable")
-        bounds = np.searchsorted(rows[order], self._starts)
+        numbers, place = rows[order], np.empty_like(order)
+        place[order] = np.arange(len(order))
+        bounds = np.searchsorted(numbers, self._starts)
         for shard, start, stop, first in zip(self._vectors, bounds[:-1], bounds[1:], self._starts, strict=False):
-            places = order[start:stop]
-            columns[places] = shard[rows[places] - first]
-        stored = torch.from_numpy(columns)
+            # "clip" writes into `out` itself; "raise" makes a copy first
+            np.take(shard, numbers[start:stop] - first, axis=0, out=rising[start:stop], mode="clip")
+        stored = torch.from_numpy(rising).index_select(0, torch.from_numpy(place))
         if not self.codec.format.compressed:
             return stored
         out = self.codec.decode(stored.float().numpy())
