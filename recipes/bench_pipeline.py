@@ -35,6 +35,7 @@ from distill.store import Store
 from distill.training import TrainConfig, match
 
 Part = Literal["teacher", "step", "static", "reading"]
+Runtime = Literal["torch.compile", "ONNX Runtime", "ONNX Runtime, int8"]
 # What is compared beside the time, of each part; and what is counted.
 COMPARED = {
     "teacher": "largest difference",
@@ -42,8 +43,12 @@ COMPARED = {
     "static": "1 - cosine after",
     "reading": "largest difference",
 }
-# What an arm needs installed, by its first words.
-PACKAGES = {"sentence-transformers": "sentence_transformers", "tokenlearn": "tokenlearn"}
+# What an arm needs installed, by its first words, and distill's extra that has it.
+PACKAGES = {
+    "sentence-transformers": ("sentence_transformers", "peers"),
+    "tokenlearn": ("tokenlearn", "peers"),
+    "ONNX Runtime": ("onnxruntime", "onnx"),
+}
 WARM_UP = 5  # updates of a round that are left out of the time
 
 
@@ -61,6 +66,8 @@ class Recipe:
     """Rounds; each runs all arms."""
     encoded: int = 256
     """Texts that the teacher embeds a round, of all lengths there are."""
+    runtimes: tuple[Runtime, ...] = ()
+    """Of the teacher, beside torch; ONNX files are written first (the extra onnx; a minute or two)."""
     encode_batch_size: int = 32
     """Of SentenceTransformer.encode; its default."""
     steps: int = 30
@@ -148,8 +155,9 @@ class Given:
         return embed(self.texts, self.teacher, self.recipe.store)
 
     def installed(self, arms: Sequence[str]) -> list[str]:
-        absent = [arm for arm in arms if find_spec(PACKAGES.get(arm.partition(",")[0], "torch")) is None]
-        self.left_out |= dict.fromkeys(f"{arm}: not installed (extra: peers)" for arm in absent)
+        needs = {arm: PACKAGES.get(arm.partition(",")[0], ("torch", "")) for arm in arms}
+        absent = {arm: extra for arm, (package, extra) in needs.items() if find_spec(package) is None}
+        self.left_out |= dict.fromkeys(f"{arm}: not installed (extra: {extra})" for arm, extra in absent.items())
         return [arm for arm in arms if arm not in absent]
 
 
@@ -180,7 +188,8 @@ def embedding(given: Given) -> list[Measured]:
     recipe, by_length = given.recipe, sorted(given.texts, key=len)
     some = spaced(by_length, recipe.encoded)
     size, folder = recipe.encode_batch_size, given.folder
-    calls = {arm: encoding.WAYS[arm](given.teacher, some, folder, size) for arm in given.installed(list(encoding.WAYS))}
+    ways = encoding.WAYS | {name: encoding.RUNTIMES[name] for name in recipe.runtimes}
+    calls = {arm: ways[arm](given.teacher, some, folder, size) for arm in given.installed(list(ways))}
     vectors = {arm: call() for arm, call in calls.items()}  # once before the clock runs
     first = next(iter(vectors.values()))
     differences = {arm: encoding.largest_difference(one, first) for arm, one in vectors.items()}

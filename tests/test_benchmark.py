@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import runs
 import torch
 
-from distill.benchmark import measuring, reading, stepping
+from distill.benchmark import encoding, measuring, reading, stepping
 from distill.benchmark.arms import ARMS, one_tile, ours, value
 from distill.benchmark.cases import Case
 from distill.benchmark.measuring import Spread
@@ -137,6 +138,19 @@ def test_every_way_reads_what_was_written(way: str, tmp_path: Path) -> None:
     found = reading.WAYS[way](vectors, tmp_path)(rows)
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.from_numpy(vectors[rows]).float())
+
+
+@pytest.mark.parametrize("way", [*encoding.RUNTIMES, "sentence-transformers"])
+def test_every_way_embeds_as_the_teacher_does(way: str, tiny_bert: Path, tmp_path: Path) -> None:
+    if way.startswith("ONNX") and not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+        pytest.skip("needs the extra onnx")
+    teacher, texts = runs.teacher(tiny_bert), [*runs.texts(40), "of", runs.texts(3)[0]]
+    found = (encoding.WAYS | encoding.RUNTIMES)[way](teacher, texts, tmp_path, 8)()
+    expected = teacher.encode(texts)
+    if "int8" in way:
+        assert pairwise_cosine(found, expected).min() > 0.9
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_trainer_with_our_batches_learns_what_we_learn(tiny_bert: Path, tmp_path: Path) -> None:

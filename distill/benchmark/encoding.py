@@ -1,11 +1,13 @@
-"""Texts into a teacher's vectors: distill's ways, and sentence-transformers'."""
+"""Texts into a teacher's vectors: distill's ways, sentence-transformers', and what else can run the teacher."""
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from distill import hub
 from distill.embed import embed
 from distill.encoder import Encoder
+from distill.export import onnx
 
 Encode = Callable[[], Tensor]
 
@@ -43,6 +46,30 @@ def sentence_transformers(teacher: Encoder, texts: Sequence[str], folder: Path, 
     return encode
 
 
+def compiled(teacher: Encoder, texts: Sequence[str], folder: Path, batch_size: int) -> Encode:
+    """torch.compile, one program for all shapes. A compiled model multiplies the padding that is left."""
+    model = copy.deepcopy(teacher)
+    backbone: Any = model.backbone
+    backbone.model.compile(dynamic=True)
+    return partial(model.encode, texts)
+
+
+def by_onnx(name: str, teacher: Encoder, texts: Sequence[str], folder: Path, batch_size: int) -> Encode:
+    """ONNX Runtime, in batches of 32 of similar length."""
+    if not (folder / onnx.FOLDER).exists():
+        onnx.export_onnx(teacher, folder, texts[:32], int8=True)
+    vectors_of = onnx.opened(folder / onnx.FOLDER / name)
+    order = torch.tensor(sorted(range(len(texts)), key=lambda number: len(texts[number])))
+    back = order.argsort()
+    return lambda: vectors_of([texts[number] for number in order.tolist()])[back]
+
+
+# What can be asked for beside those below.
+RUNTIMES: dict[str, Callable[[Encoder, Sequence[str], Path, int], Encode]] = {
+    "torch.compile": compiled,
+    "ONNX Runtime": partial(by_onnx, onnx.FLOAT),
+    "ONNX Runtime, int8": partial(by_onnx, onnx.INT8),
+}
 # Each gives a call that computes the vectors of the texts anew, float32, on the CPU; `batch_size` is of sentence-transformers.
 WAYS: dict[str, Callable[[Encoder, Sequence[str], Path, int], Encode]] = {
     "distill": encode,

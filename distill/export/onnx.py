@@ -10,7 +10,7 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,13 +97,23 @@ def measured(folder: str | Path) -> list[Measured]:
 
 def run(path: str | Path, texts: Sequence[str]) -> Float[Tensor, "n width"]:
     """Vectors of texts by ONNX Runtime and the tokenizer beside the file, on the CPU: all that a user of the file needs."""
+    return opened(path)(texts)
+
+
+def opened(path: str | Path) -> Callable[[Sequence[str]], Float[Tensor, "n width"]]:
+    """`run` for many calls: the file is read once. Its threads are torch's in number."""
     import onnxruntime
 
-    path = Path(path)
+    path, options = Path(path), onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     tokenizer = Tokenizer.from_file(str(path.with_name("tokenizer.json")))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    batches = (texts[start : start + BATCH] for start in range(0, len(texts), BATCH))
-    return torch.cat([torch.from_numpy(session.run(None, _inputs(tokenizer, some))[0]) for some in batches])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def vectors(texts: Sequence[str]) -> Float[Tensor, "n width"]:
+        batches = (texts[start : start + BATCH] for start in range(0, len(texts), BATCH))
+        return torch.cat([torch.from_numpy(session.run(None, _inputs(tokenizer, some))[0]) for some in batches])
+
+    return vectors
 
 
 def usage(name: str = FLOAT) -> str:
