@@ -47,7 +47,7 @@ COMPARED = {
 PACKAGES = {
     "sentence-transformers": ("sentence_transformers", "peers"),
     "tokenlearn": ("tokenlearn", "peers"),
-    "ONNX Runtime": ("onnxruntime", "onnx"),
+    "ONNX Runtime": ("onnxscript", "onnx"),
 }
 WARM_UP = 5  # updates of a round that are left out of the time
 
