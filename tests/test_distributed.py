@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from distill import distributed, losses
 from distill.errors import DataError, Stopped
 from distill.losses import WeightedSum
 from distill.streaming import engine
+from distill.training import stopping
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "CosineDistance": losses.CosineDistance,
@@ -303,10 +305,10 @@ def test_another_thread_has_no_part_in_a_share() -> None:
 def test_one_ctrl_c_ends_all_and_whoever_finds_the_others_gone_says_what_stopped_it(tmp_path: Path) -> None:
     group = processes.start(_stopped_last, 2, tmp_path)
     assert group.wait() == [0, 143]
-    assert json.loads((group.folder / "0.json").read_text()) == ["terminated", "terminated"]
+    assert json.loads((group.folder / "0.json").read_text()) == [143, 143, 143]
 
 
-def _stopped_last() -> list[str]:
+def _stopped_last() -> list[int]:
     dist.barrier()
     if not distributed.is_main():
         os._exit(143)
@@ -315,7 +317,13 @@ def _stopped_last() -> list[str]:
         try:
             together(_terminated)
         except Stopped as error:
-            found.append(str(error))
+            found.append(error.exit_code)
+    try:
+        with stopping.stop_signals():
+            signal.raise_signal(signal.SIGTERM)
+            distributed.gather_objects(0)
+    except Stopped as error:
+        found.append(error.exit_code)
     return found
 
 

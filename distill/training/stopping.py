@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from distill import distributed
+from distill.errors import Stopped
+
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
@@ -22,6 +25,12 @@ def stop_signals() -> Iterator[list[int]]:
         before = {}
     try:
         yield seen
+    except RuntimeError as error:
+        if seen and distributed.lost_another(
+            error
+        ):  # the same signal ended the others before they came to finish a step
+            raise Stopped("stopped; what was saved stays", 128 + seen[0]) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
