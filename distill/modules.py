@@ -82,8 +82,9 @@ class TransformerBackbone(nn.Module):
     """A Hugging Face encoder and a pooling: tokens -> (b, d).
 
     Texts are run in groups of similar length, and linear layers skip the padding that is left (unless the model is
-    compiled), so that a batch drawn at random costs little more than its tokens; the vectors come back in the order of the batch. Padding stands on the right whatever the tokenizer prefers: absolute positions then
-    start at the text, and a vector does not depend on the texts beside it. A text without tokens gives the zero vector.
+    compiled), so that a batch drawn at random costs little more than its tokens; the vectors come back in the order of the
+    batch. Padding stands on the right whatever the tokenizer prefers: absolute positions then start at the text, and a
+    vector does not depend on the texts beside it. A text without tokens gives the zero vector.
     """
 
     model: Any  # a PreTrainedModel

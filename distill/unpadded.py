@@ -24,9 +24,9 @@ Result = TypeVar("Result")
 def skipping(mask: Bool[Tensor, "b l"], device: torch.device) -> Iterator[None]:
     """In the block linear layers get of a (b, l, d) input the places of the mask alone; their output is 0 elsewhere.
 
-    The mask is on the CPU, where it decides shapes, the inputs on `device`. Values and gradients at those places are what they were, to rounding. A transformer of any class will do, as long as
-    it does not read masked places. Texts as many as their longest has tokens are left as they are: such an input
-    does not tell which axis is which.
+    Values and gradients at those places are what they were, to rounding, for any transformer that does not read masked
+    places. The mask is on the CPU, where it decides shapes; the inputs are on `device`. Texts as many as their longest has
+    tokens are left as they are: such an input does not tell which axis is which.
     """
     if mask.shape[0] == mask.shape[1] or mask.sum() > FULL * mask.numel():
         yield
@@ -49,6 +49,8 @@ def again(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 class _Skipping(TorchFunctionMode):
+    """`places` of the tokens among all, and for each place the row of its token among the tokens."""
+
     def __init__(self, mask: Bool[Tensor, "b l"], device: torch.device):
         super().__init__()
         there, places = mask.flatten(), mask.flatten().nonzero().squeeze(1)

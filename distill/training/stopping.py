@@ -26,9 +26,7 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         yield seen
     except RuntimeError as error:
-        if seen and distributed.lost_another(
-            error
-        ):  # the same signal ended the others before they came to finish a step
+        if seen and distributed.lost_another(error):  # which the same signal ended
             raise Stopped("stopped; what was saved stays", 128 + seen[0]) from error
         raise
     finally:
