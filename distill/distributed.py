@@ -79,7 +79,7 @@ def agree(value: Any) -> Any:
 def main_first(action: Callable[[], Any]) -> Any:
     """Run `action` on the main process and hand its result to all. What it raises is raised on every process."""
     result, error = _attempt(action) if is_main() else (None, None)
-    with _said_before(error):
+    with _own_error_first(error):
         value, raised = agree((result, _portable(error)))
     _raise(error or raised)
     return value
@@ -88,7 +88,7 @@ def main_first(action: Callable[[], Any]) -> Any:
 def everywhere(action: Callable[[], Any]) -> list[Any]:
     """Run `action` on every process; its results in rank order. If it raises on one, all raise: nobody waits for the lost one."""
     result, error = _attempt(action)
-    with _said_before(error):
+    with _own_error_first(error):
         outcomes = gather_objects((result, _portable(error)))
     _raise(error or next((other for _, other in outcomes if other), None))
     return [value for value, _ in outcomes]
@@ -168,7 +168,7 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, BaseException | None]:
 
 
 @contextmanager
-def _said_before(error: BaseException | None) -> Iterator[None]:
+def _own_error_first(error: BaseException | None) -> Iterator[None]:
     """If the others cannot be told of an error because they are gone (one Ctrl-C ends all), it is still what is raised here."""
     try:
         yield

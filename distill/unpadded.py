@@ -35,7 +35,7 @@ def skipping(mask: Bool[Tensor, "b l"], device: torch.device) -> Iterator[None]:
         yield
 
 
-def again(function: Callable[..., Result]) -> Callable[..., Result]:
+def as_here(function: Callable[..., Result]) -> Callable[..., Result]:
     """`function` as it runs here, wherever it is called: in a backward pass that computes activations again."""
     mode = _current.get()
 

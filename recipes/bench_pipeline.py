@@ -32,10 +32,10 @@ from distill.errors import RecipeError
 from distill.export import Provenance, export, this_command
 from distill.similarity import pairwise_cosine
 from distill.store import Store
+from distill.store.compression import spread
 from distill.training import TrainConfig, match
 
 Part = Literal["teacher", "step", "static", "reading"]
-Runtime = Literal["torch.compile", "ONNX Runtime", "ONNX Runtime, int8"]
 # What is compared beside the time, of each part; and what is counted.
 COMPARED = {
     "teacher": "largest difference",
@@ -66,7 +66,7 @@ class Recipe:
     """Rounds; each runs all arms."""
     encoded: int = 256
     """Texts that the teacher embeds a round, of all lengths there are."""
-    runtimes: tuple[Runtime, ...] = ()
+    runtimes: tuple[encoding.Runtime, ...] = ()
     """Of the teacher, beside torch; ONNX files are written first (the extra onnx; a minute or two)."""
     encode_batch_size: int = 32
     """Of SentenceTransformer.encode; its default."""
@@ -147,7 +147,8 @@ class Given:
     def texts(self) -> list[str]:
         recipe = self.recipe
         if recipe.data:
-            return spaced(load_texts(recipe.data, column=recipe.column).texts, recipe.limit)
+            texts = load_texts(recipe.data, column=recipe.column).texts
+            return [texts[number] for number in spread(len(texts), recipe.limit)]
         return docstring_pairs(limit=recipe.limit).texts()[: recipe.limit]
 
     @cached_property
@@ -177,18 +178,12 @@ def main(recipe: Recipe) -> None:
         cli.say(f"Left out: {line}.")
 
 
-def spaced(texts: list[str], count: int) -> list[str]:
-    """So many of the texts, evenly spaced; all, if there are fewer."""
-    count = min(count, len(texts))
-    return [texts[number * len(texts) // count] for number in range(count)]
-
-
 def embedding(given: Given) -> list[Measured]:
     """Texts of all lengths there are into vectors, which are compared with those of the first arm."""
     recipe, by_length = given.recipe, sorted(given.texts, key=len)
-    some = spaced(by_length, recipe.encoded)
+    some = [by_length[number] for number in spread(len(by_length), recipe.encoded)]
     size, folder = recipe.encode_batch_size, given.folder
-    ways = encoding.WAYS | {name: encoding.RUNTIMES[name] for name in recipe.runtimes}
+    ways = {**encoding.WAYS, **{name: encoding.RUNTIMES[name] for name in recipe.runtimes}}
     calls = {arm: ways[arm](given.teacher, some, folder, size) for arm in given.installed(list(ways))}
     vectors = {arm: call() for arm, call in calls.items()}  # once before the clock runs
     first = next(iter(vectors.values()))

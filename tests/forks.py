@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 
@@ -20,14 +21,14 @@ class Forks:
 
     def __init__(self, scripts: Sequence[Path], environment: Mapping[str, str]):
         command = [sys.executable, __file__, *map(str, scripts)]
-        self._turn = threading.Lock()
+        self._said, self._turn = TemporaryDirectory(), threading.Lock()
         self._server = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, script: Path, arguments: Sequence[str], folder: Path, told: Path) -> tuple[int, str, str]:
-        """Exit code, output and errors of `python script arguments` in `folder`; what it says is kept beside `told`."""
-        files = {name: told.with_name(f"{told.name}.{name}") for name in ("out", "err")}
+    def run(self, script: Path, arguments: Sequence[str], folder: Path) -> tuple[int, str, str]:
+        """Exit code, output and errors of `python script arguments` in `folder`."""
+        files = {name: Path(self._said.name, name) for name in ("out", "err")}
         places = {"folder": str(folder)} | {name: str(path) for name, path in files.items()}
         with self._turn:
             assert self._server.stdin
@@ -35,10 +36,11 @@ class Forks:
             self._server.stdin.write(json.dumps({"argv": [str(script), *arguments], **places}) + "\n")
             self._server.stdin.flush()
             code = int(self._server.stdout.readline())
-        return code, files["out"].read_text(), files["err"].read_text()
+            return code, files["out"].read_text(), files["err"].read_text()
 
     def close(self) -> None:
         self._server.communicate()
+        self._said.cleanup()
 
 
 def serve(scripts: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from distill.benchmark.arms import ARMS, one_tile, ours, value
 from distill.benchmark.cases import Case
 from distill.benchmark.measuring import Spread
 from distill.benchmark.naive import ALL, NAIVE, ROW_BY_ROW, SAMPLE, WITH_BANK, Batch, exact_gradient, relative_error
+from distill.export import onnx
 from distill.similarity import pairwise_cosine
 from distill.streaming import engine
 from distill.training import TrainConfig
@@ -65,7 +65,7 @@ def test_naive_losses_are_those_of_distill(loss: str, data: str) -> None:
 )
 def test_every_arm_gives_the_gradient(arm: str, loss: str) -> None:
     if arm == "linear_cross_entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        pytest.skip("torch 2.13 has it")
+        pytest.skip("torch.nn.functional.linear_cross_entropy came with torch 2.13")
     batch = case(loss).tuned(CPU).batch(CPU)
     exact = exact_gradient(loss, batch)
     assert exact is not None
@@ -142,10 +142,10 @@ def test_every_way_reads_what_was_written(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", [*encoding.RUNTIMES, "sentence-transformers"])
 def test_every_way_embeds_as_the_teacher_does(way: str, tiny_bert: Path, tmp_path: Path) -> None:
-    if way.startswith("ONNX") and not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
-        pytest.skip("needs the extra onnx")
+    if way.startswith("ONNX") and onnx.absent():
+        pytest.skip("the extra onnx is not installed")
     teacher, texts = runs.teacher(tiny_bert), [*runs.texts(40), "of", runs.texts(3)[0]]
-    found = (encoding.WAYS | encoding.RUNTIMES)[way](teacher, texts, tmp_path, 8)()
+    found = {**encoding.WAYS, **encoding.RUNTIMES}[way](teacher, texts, tmp_path, 8)()
     expected = teacher.encode(texts)
     if "int8" in way:
         assert pairwise_cosine(found, expected).min() > 0.9
@@ -240,7 +240,7 @@ def extra(megabytes: int, kept: int) -> int | None:
 def test_extra_bytes_are_the_peak_beyond_the_result(megabytes: int, kept: int) -> None:
     found = measuring.apart(extra, megabytes, kept)
     if found is None:
-        pytest.skip("no /proc")
+        pytest.skip("peak memory is read from /proc, which this system has not")
     assert found / 2**20 == pytest.approx(max(0, megabytes - kept), abs=6)
 
 

@@ -1,6 +1,5 @@
 """One file that gives the vector: ONNX Runtime beside the PyTorch student, batch and length free, its errors measured."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from distill.export.__main__ import main
 from distill.export.onnx import FLOAT, INT8, Measured, export_onnx
 
 runtime = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript"))),
+    bool(onnx.absent()),
     reason="the extra onnx is not installed",
 )
 TEXTS = [*tiny.SENTENCES, "", "word " * 200, "MIXED Case, and an unknown: ŵ", "a"]

@@ -153,7 +153,6 @@ class Session:
         }
         self.environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.environment |= {"COLUMNS": "120", "ACCELERATE_USE_CPU": "true"}
-        (folder / "said").mkdir()
         self.forks = Forks(RECIPES, self.environment)
 
     def start(self, job: str) -> "Future[Any]":
@@ -177,7 +176,7 @@ class Session:
         """As `run`, in a fork: for runs that end before they have computed much."""
         output = self.folder / "runs" / name
         _, script, *arguments = self.command(recipe, flags, output)
-        return Ran(*self.forks.run(Path(script), arguments, self.folder, self.folder / "said" / name), output)
+        return Ran(*self.forks.run(Path(script), arguments, self.folder), output)
 
     def shell(self, command: list[str], output: Path) -> Ran:
         done = subprocess.run(

@@ -21,7 +21,7 @@ KINDS = (tiny.bert, tiny.mpnet, tiny.qwen, tiny.distilbert, tiny.albert, tiny.t5
 
 
 class Products(TorchFunctionMode):
-    """Shapes of what the linear layers get, before anything is skipped (or after, from within)."""
+    """Shapes of what is multiplied: entered before `skipping`, it sees what that leaves."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from distill.encoder import Encoder
 from distill.export import onnx
 
 Encode = Callable[[], Tensor]
+Way = Callable[[Encoder, Sequence[str], Path, int], Encode]
+Runtime = Literal["torch.compile", "ONNX Runtime", "ONNX Runtime, int8"]
 
 
 def encode(teacher: Encoder, texts: Sequence[str], folder: Path, batch_size: int) -> Encode:
@@ -64,14 +66,13 @@ def by_onnx(name: str, teacher: Encoder, texts: Sequence[str], folder: Path, bat
     return lambda: vectors_of([texts[number] for number in order.tolist()])[back]
 
 
-# What can be asked for beside those below.
-RUNTIMES: dict[str, Callable[[Encoder, Sequence[str], Path, int], Encode]] = {
+# Each gives a call that computes the vectors of the texts anew, float32, on the CPU; `batch_size` is of sentence-transformers.
+RUNTIMES: dict[Runtime, Way] = {
     "torch.compile": compiled,
     "ONNX Runtime": partial(by_onnx, onnx.FLOAT),
     "ONNX Runtime, int8": partial(by_onnx, onnx.INT8),
 }
-# Each gives a call that computes the vectors of the texts anew, float32, on the CPU; `batch_size` is of sentence-transformers.
-WAYS: dict[str, Callable[[Encoder, Sequence[str], Path, int], Encode]] = {
+WAYS: dict[str, Way] = {
     "distill": encode,
     "distill, into a new store": into_store,
     "sentence-transformers": sentence_transformers,

@@ -128,11 +128,15 @@ def usage(name: str = FLOAT) -> str:
     )
 
 
+def absent() -> list[str]:
+    """Packages of the extra `onnx` that are not installed."""
+    return [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+
+
 def require_extra() -> None:
     """RecipeError that names the extra to install, where one of its packages is not there."""
-    absent = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    if absent:
-        raise RecipeError(f'an ONNX file needs {", ".join(absent)}: pip install "distill[onnx]".')
+    if missing := absent():
+        raise RecipeError(f'an ONNX file needs {", ".join(missing)}: pip install "distill[onnx]".')
 
 
 def _refuse_broken(found: Sequence[Measured]) -> None:

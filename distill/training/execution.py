@@ -68,7 +68,9 @@ def recomputed(student: Encoder, *, keep_random: bool) -> Iterator[None]:
 def _checkpointed(forward: Callable[..., Any], keep_random: bool, *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
-    return checkpoint(unpadded.again(forward), *inputs, use_reentrant=False, preserve_rng_state=keep_random, **options)
+    return checkpoint(
+        unpadded.as_here(forward), *inputs, use_reentrant=False, preserve_rng_state=keep_random, **options
+    )
 
 
 def layers(student: Encoder) -> nn.ModuleList:
