@@ -333,8 +333,11 @@ def _terminated() -> None:
 
 
 def test_a_hung_group_is_killed_and_its_output_shown(tmp_path: Path) -> None:
+    group = processes.start(_hang, 1, tmp_path)
+    group.wait_until(lambda: "rank 0 waits" in group.output())
     with pytest.raises(AssertionError, match=r"(?s)hung.*rank 0 waits"):
-        processes.run(_hang, 1, tmp_path, timeout_seconds=8)
+        group.wait(timeout_seconds=0.5)
+    assert [process.returncode for process in group.processes] == [-signal.SIGKILL]
 
 
 def _hang() -> None:
