@@ -23,12 +23,17 @@ from distill.similarity import normalize, row_lengths
 # Rows and columns of a tile of the matrix. On two cores of an EPYC (1 MB of L2 each) the two products of a contrastive loss
 # in tiles of (1024, 1024) took 2 % longer than the whole products, (512, 4096) 8 %, (128, 4096) 30 %. On CUDA: at least.
 TILE = 1024
-# What one processor of a GPU has of a product at a time.
-PRODUCT_TILE = 128, 256
+# On CUDA, rows of a tile, its columns, and its elements (112 MB in float32), at most. On an H100 the two products of 16,384
+# rows took 1.18 in tiles of (4096, 8192), 1.20 of (16384, 1024), 1.26 of (4096, 2048), and 1.23 of (5632, 1536), which stay
+# in its L2 cache.
+CUDA_HEIGHT, CUDA_WIDTH, CUDA_TILE = 2**12, 2**14, 7 * 2**22
 # Elements of rows that are normalised once and kept (128 MB in float32); more are normalised a tile at a time.
 KEPT = 2**25
+CUDA_KEPT = 2**24
 # Rows whose float64 copies stay in a CPU's cache between passes: whole tiles of them took 3 times as long.
 PASS = 128
+# Elements that a pass over rows takes at once on CUDA, where a launch costs more than the cache gains.
+CUDA_PASS = 2**23
 
 
 class Operator:
@@ -125,11 +130,13 @@ class UnitRows:
     def __init__(self, raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> None:
         self.raw, self.dtype = raw, dtype
         self._unit: Tensor | None = None
-        if raw.is_cuda or raw.numel() <= KEPT:
+        if raw.numel() <= KEPT and not raw.is_cuda:
             self._inverse, self._unit = _unit_rows(raw, dtype)
-        else:
-            parts = [_inverse_lengths(raw[start:stop].to(dtype)) for start, stop in self.tiles()]
-            self._inverse = torch.cat([raw.new_empty((0, 1), dtype=dtype), *parts])
+            return
+        parts = [_inverse_lengths(raw[start:stop], dtype) for start, stop in self.tiles()]
+        self._inverse = torch.cat([raw.new_empty((0, 1), dtype=dtype), *parts])
+        if raw.numel() <= (CUDA_KEPT if raw.is_cuda else KEPT):
+            self._unit = _scaled(raw, self._inverse, dtype)
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -138,7 +145,7 @@ class UnitRows:
         """Rows start:stop."""
         if self._unit is not None:
             return self._unit[start:stop]
-        return self.raw[start:stop].to(self.dtype) * self._inverse[start:stop]
+        return _scaled(self.raw[start:stop], self._inverse[start:stop], self.dtype)
 
     def minus(
         self, other: "UnitRows", start: int, stop: int, factor: float = 1.0, other_factor: float = 1.0
@@ -148,7 +155,7 @@ class UnitRows:
         Unit rows in float32 differ from true ones by 6e-8, which is 6e-4 of a difference of 1e-4: hence float64 inside.
         """
         out = self.raw.new_empty((stop - start, self.raw.shape[1]), dtype=self.dtype)
-        for first, last in tiles(stop - start, max(stop - start, 1) if self.raw.is_cuda else PASS):
+        for first, last in tiles(stop - start, pass_rows(self.raw)):
             mine = self._in_float64(start + first, start + last, factor)
             out[first:last] = mine.sub_(other._in_float64(start + first, start + last, other_factor))
         return out
@@ -163,8 +170,8 @@ class UnitRows:
         return rows.mul_((factor / lengths).masked_fill_(self._inverse[start:stop] == 0, 0.0))
 
     def tiles(self, size: int | None = None) -> Iterator[tuple[int, int]]:
-        """The bounds of tiles of at most `size` rows; as `tile_sizes` says if it is not given."""
-        return tiles(len(self), tile_sizes(self.raw)[0] if size is None else size)
+        """The bounds of tiles of at most `size` rows; those of a pass on CUDA, and TILE elsewhere, if it is not given."""
+        return tiles(len(self), (pass_rows(self.raw) if self.raw.is_cuda else TILE) if size is None else size)
 
     def through_norms(self, gradient: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """In place, from the gradient of the unit rows to that of the raw rows: (g - (g . s) s) / |z|; 0 for a zero row."""
@@ -175,21 +182,33 @@ class UnitRows:
 
 
 def _unit_rows(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n d"]]:
-    """1 / length of each row, 0 for a zero row, and the unit rows."""
-    inverse = _inverse_lengths(raw.to(dtype))
-    if raw.is_cuda or not _are_ordinary(inverse):
-        return inverse, normalize(raw).to(dtype)
-    return inverse, raw.to(dtype) * inverse
+    """1 / length of each row, 0 for a zero row, and the unit rows; on a CPU."""
+    inverse = _inverse_lengths(raw, dtype)
+    return inverse, _scaled(raw, inverse, dtype) if _are_ordinary(inverse) else normalize(raw).to(dtype)
 
 
-def _inverse_lengths(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
-    """0 for a zero row. Lengths whose squares vanish or overflow are found again, at ten times the cost."""
-    if not rows.is_cuda:  # there, looking at the lengths would wait for them
+def _inverse_lengths(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> Float[Tensor, "n 1"]:
+    """0 for a zero row; on CUDA float64, where the squares of float32 neither vanish nor overflow.
+
+    Elsewhere lengths whose squares do are found again, at ten times the cost: to look at them there would wait for them.
+    """
+    if raw.is_cuda and raw.dtype != torch.float64:
+        lengths = torch.linalg.vector_norm(raw.float(), dim=-1, keepdim=True, dtype=torch.float64)
+        return lengths.masked_fill(lengths < torch.finfo(torch.float32).tiny, torch.inf).reciprocal()
+    rows = raw.to(dtype)
+    if not raw.is_cuda:
         inverse = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).reciprocal_()
         if _are_ordinary(inverse):
             return inverse
     lengths = row_lengths(rows)
     return lengths.masked_fill(lengths == 0, torch.inf).reciprocal()
+
+
+def _scaled(raw: Shaped[Tensor, "n d"], factors: Float[Tensor, "n 1"], dtype: torch.dtype) -> Float[Tensor, "n d"]:
+    """Rows times their factors. On CUDA the product is float64 where a factor is, and rounded once, in one kernel."""
+    if raw.is_cuda:
+        return torch.mul(raw, factors, out=raw.new_empty(raw.shape, dtype=dtype))
+    return raw.to(dtype) * factors
 
 
 def _are_ordinary(inverse: Float[Tensor, "n 1"]) -> bool:
@@ -202,26 +221,25 @@ def tiles(count: int, size: int | None = None) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, count)) for start in range(0, count, size))
 
 
+def pass_rows(rows: Shaped[Tensor, "b d"]) -> int:
+    """How many rows a pass with float64 copies takes at once."""
+    return max(1, CUDA_PASS // max(1, rows.shape[1])) if rows.is_cuda else PASS
+
+
 def tile_sizes(rows: Shaped[Tensor, "b d"]) -> tuple[int, int]:
-    """Rows and columns of a tile of the matrix of these rows; TILE both ways but on CUDA, where the device decides."""
-    if not rows.is_cuda:
-        return TILE, TILE
-    device = torch.cuda.get_device_properties(rows.device)
-    height, width = sizes_on_device(device.multi_processor_count, device.L2_cache_size, *rows.shape)
-    return max(TILE, height), max(TILE, width)
+    """Rows and columns of a tile of the matrix of these rows; TILE both ways but on CUDA."""
+    return sizes_on_device(len(rows)) if rows.is_cuda else (TILE, TILE)
 
 
-def sizes_on_device(processors: int, cache_bytes: int, count: int, width: int) -> tuple[int, int]:
-    """Rows so that tile @ columns, (rows, width), gives every processor one tile of a product: 44 * 128 of 132 at width 768.
+def sizes_on_device(count: int) -> tuple[int, int]:
+    """Large products for any device, in bounded memory: fewer rows have more columns, which are copied at length 1."""
+    height = max(TILE, min(count, CUDA_HEIGHT))
+    return height, max(TILE, min(CUDA_WIDTH, CUDA_TILE // height))
 
-    Columns so that the product before it, (rows, columns), is whole rounds of such work, as many as leave the tile in three
-    quarters of the L2 cache: 1536 of float32 in 50 MB, more if there are fewer rows.
-    """
-    across = max(1, math.ceil(width / PRODUCT_TILE[1]))
-    height = max(1, processors // across) * PRODUCT_TILE[0]
-    kept = 3 * cache_bytes // 4 // (4 * max(1, min(height, count)))
-    step = across * PRODUCT_TILE[1]
-    return height, max(step, kept // step * step)
+
+def product_columns(rows: Shaped[Tensor, "n d"]) -> int:
+    """How many columns, rows of this width, a product of few rows takes at once."""
+    return CUDA_WIDTH if rows.is_cuda else TILE
 
 
 def kernels_for(tile: Float[Tensor, "b n"]) -> ModuleType | None:

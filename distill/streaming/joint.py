@@ -11,11 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.similarity import row_lengths
-from distill.streaming.engine import PASS, Buffer, Share, exact_dtype, tiles, working_dtype
+from distill.streaming import engine
+from distill.streaming.engine import Buffer, Share, exact_dtype, pass_rows, tiles, working_dtype
 
 # Columns of a block of the moments, of which only those on and above the diagonal are multiplied. At width 2 * 768 on one
 # core of an EPYC, against the whole product: blocks of 768 take .76 of its time, 512 .68, 256 .61, 192 .61.
 BLOCK = 256
+# On CUDA, where products that small leave most of the device idle; and rows of a tile there.
+CUDA_BLOCK, CUDA_ROWS = 512, 8192
 
 
 class Rows:
@@ -31,11 +34,14 @@ class Rows:
 
     def write(self, out: Float[Tensor, "t d"], start: int, stop: int) -> None:
         """Rows start:stop into `out`."""
-        out.copy_(self.raw[start:stop]).mul_(self.inverse[start:stop].to(out.dtype))
+        if out.is_cuda:  # one kernel, which multiplies in float64
+            torch.mul(self.raw[start:stop], self.inverse[start:stop], out=out)
+        else:
+            out.copy_(self.raw[start:stop]).mul_(self.inverse[start:stop].to(out.dtype))
 
     def write_difference(self, out: Float[Tensor, "t d"], other: "Rows", start: int, stop: int) -> None:
         """Rows start:stop less those of the other into `out`."""
-        for first, last in tiles(stop - start, PASS):
+        for first, last in tiles(stop - start, pass_rows(self.raw)):
             rows, dtype = slice(start + first, start + last), self.inverse.dtype
             mine = self.raw[rows].to(dtype, copy=True).mul_(self.inverse[rows])
             out[first:last] = mine.addcmul_(other.raw[rows].to(dtype), other.inverse[rows], value=-1)
@@ -43,7 +49,7 @@ class Rows:
     def tiles(self, dtype: torch.dtype) -> Iterator[Float[Tensor, "t d"]]:
         """Tile after tile, each in a buffer that the next overwrites."""
         buffer = new_buffer(self.raw, self.raw.shape[1], dtype)
-        for start, stop in tiles(len(self)):
+        for start, stop in row_tiles(self.raw):
             tile = buffer(stop - start, self.raw.shape[1])
             self.write(tile, start, stop)
             yield tile
@@ -68,7 +74,7 @@ class Joint:
     def tiles(self) -> Iterator[tuple[slice, Float[Tensor, "t both"]]]:
         """Where the rows stand among this process's own, and [S | T] of them, in a buffer that the next tile overwrites."""
         buffer = new_buffer(self.student.raw, self._both, self.dtype)
-        for start, stop in tiles(len(self.student)):
+        for start, stop in row_tiles(self.student.raw):
             tile = buffer(stop - start, self._both)
             self._write(tile, start, stop)
             yield slice(start, stop), tile
@@ -136,20 +142,29 @@ class Joint:
 
 def add_moments(total: Float[Tensor, "d d"], tile: Float[Tensor, "t d"]) -> None:
     """Add tile^T tile, in place, in the blocks on and above the diagonal."""
-    for start, stop in tiles(len(total), BLOCK):
+    for start, stop in tiles(len(total), _block(total)):
         total[start:stop, start:].addmm_(tile[:, start:stop].T, tile[:, start:])
 
 
 def mirrored(total: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """The symmetric matrix of which only the blocks on and above the diagonal are right, in place."""
-    for start, stop in tiles(len(total), BLOCK):
+    for start, stop in tiles(len(total), _block(total)):
         total[stop:, start:stop] = total[start:stop, stop:].T
     return total
 
 
+def _block(total: Float[Tensor, "d d"]) -> int:
+    return CUDA_BLOCK if total.is_cuda else BLOCK
+
+
+def row_tiles(rows: Float[Tensor, "n d"]) -> Iterator[tuple[int, int]]:
+    """The bounds of tiles of rows; larger ones on CUDA, whose products wait for enough of them."""
+    return tiles(len(rows), CUDA_ROWS if rows.is_cuda else engine.TILE)
+
+
 def new_buffer(like: Tensor, width: int, dtype: torch.dtype) -> Buffer:
     """For a tile of rows of this width."""
-    return Buffer(next(stop for _, stop in tiles(len(like))) * width if len(like) else 0, like, dtype)
+    return Buffer(next(stop for _, stop in row_tiles(like)) * width if len(like) else 0, like, dtype)
 
 
 def moment_dtype(rows: Tensor) -> torch.dtype:
@@ -166,6 +181,6 @@ def _lengths(raw: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
     if raw.dtype == dtype:
         return row_lengths(raw)
     lengths = raw.new_empty((len(raw), 1), dtype=dtype)
-    for start, stop in tiles(len(raw), PASS):
+    for start, stop in tiles(len(raw), pass_rows(raw)):
         lengths[start:stop] = torch.linalg.vector_norm(raw[start:stop].to(dtype), dim=-1, keepdim=True)
     return lengths

@@ -21,6 +21,8 @@ from distill.streaming.engine import Buffer, Share, UnitRows, exact_dtype, opera
 # Rows and columns of a tile of distances: smaller ones save more of the mirrored pairs. With 6 products as 1, 1,024 rows
 # of width 768 took .96 with tiles of 256, .98 with 512 and 1.26 with 1,024.
 SIDE = 256
+# On CUDA, where passes over a small tile are over before the next is launched.
+CUDA_SIDE = 2048
 
 
 @operator
@@ -93,7 +95,7 @@ class _Distances:
 
     def _tiles(self) -> Iterator[_Tile]:
         start, stop = self.share.start, self.share.start + self.own
-        side = min(SIDE, engine.TILE)
+        side = CUDA_SIDE if self.student.rows.is_cuda else min(SIDE, engine.TILE)
         mine = [slice(start + a, start + b) for a, b in tiles(self.own, side)]
         before = [slice(*bounds) for bounds in tiles(start, side)]
         after = [slice(stop + a, stop + b) for a, b in tiles(self.share.total - stop, side)]
