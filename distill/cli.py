@@ -132,9 +132,14 @@ def _parse(recipe_type: type[Recipe], arguments: list[str], description: str, de
         if error := _recipe_error(stop):
             raise error from None
         if _launched_first():
-            print(shown.getvalue(), end="", file=sys.stderr)
-            print(manual.fitted(told.getvalue(), groups) if groups is not None else told.getvalue(), end="")
+            print(_readable(shown.getvalue()), end="", file=sys.stderr)
+            print(_readable(manual.fitted(told.getvalue(), groups) if groups is not None else told.getvalue()), end="")
         raise
+
+
+def _readable(text: str) -> str:
+    """With an escape for each byte of the command line that is no Unicode, which a stream may refuse to print."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _gathered(arguments: list[str], flag: str) -> list[str]:

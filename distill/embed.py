@@ -286,10 +286,15 @@ class _Job:
 
     def _wanted(self, store: Store) -> np.ndarray:
         """Numbers of the texts this job is about: an unfinished job's own list, if that still covers all that is missing."""
-        missing = np.flatnonzero(store.find(self.keys) < 0)
+        missing, path = np.flatnonzero(store.find(self.keys) < 0), store.path / JOB
+        earlier_keys = _earlier(path)
+        if (
+            path.exists() and (store.find(earlier_keys) >= 0).all()
+        ):  # it was done, and then killed or could not be deleted
+            path.unlink()
         if not len(missing):
             return missing
-        path, mine, earlier = store.path / JOB, packed(self.keys), _earlier(store.path / JOB)
+        mine, earlier = packed(self.keys), packed(earlier_keys)
         if np.isin(mine[missing], earlier).all() and np.isin(earlier, mine).all():
             order = np.argsort(mine, kind="stable")
             return order[np.searchsorted(mine, earlier, sorter=order)]
@@ -397,11 +402,11 @@ def _written(store: Store, rows: list[Rows]) -> list[Shard]:
 
 
 def _earlier(path: Path) -> np.ndarray:
-    """Packed keys of an unfinished job; none if there is none, or if it cannot be read."""
+    """Keys of an unfinished job; none if there is none, or if it cannot be read."""
     try:
-        return packed(load_file(path)["keys"])
+        return load_file(path)["keys"]
     except (OSError, KeyError, ValueError, SafetensorError):
-        return packed(np.zeros((0, 2), np.uint64))
+        return np.zeros((0, 2), np.uint64)
 
 
 def _begin(path: Path, lock: BaseFileLock) -> None:

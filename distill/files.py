@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -12,22 +13,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def published_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it is synced and renamed to `path`, on failure removed."""
+    """Yield a temporary path; on success it is synced and renamed to `path`, on failure removed.
+
+    It lies in a folder of its own beside `path`: safetensors writes to a further file there, which a kill would leave.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = room / path.name
     try:
-        yield temporary
+        with _told_as_os_error():
+            yield temporary
         _publish_mode(temporary)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(room, ignore_errors=True)
 
 
 @contextmanager
@@ -42,7 +48,8 @@ def published_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     aside = temporary.with_name(temporary.name + ".old")
     try:
-        yield temporary
+        with _told_as_os_error():
+            yield temporary
         for item in [*temporary.rglob("*"), temporary]:
             _publish_mode(item)
             sync(item)
@@ -56,6 +63,18 @@ def published_folder(path: Path) -> Iterator[Path]:
             os.rename(aside, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _told_as_os_error() -> Iterator[None]:
+    """A full disk is an OSError, whoever writes: safetensors says it in an error of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -132,7 +132,7 @@ def write_codec(path: Path, codec: Codec) -> CodecFile | None:
         with files.published_file(file) as temporary:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
             return CodecFile(file.name, temporary.stat().st_size, files.sha256(temporary))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ResourceError(f"{file} cannot be written: {error}.") from error
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -226,7 +225,7 @@ class Store:
             with files.published_file(self.path / name) as temporary:
                 save_file(tensors, temporary)
                 size, digest = temporary.stat().st_size, files.sha256(temporary)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise ResourceError(
                 f"{len(rows.keys):,} rows cannot be written under {self.path}: {error}. What is stored is untouched; run again to go on."
             ) from error

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -92,6 +91,12 @@ def load_latest(
     return Checkpoint(state.pop("step"), state)
 
 
+def tidy(folder: Path, step: int, keep: int) -> None:
+    """Delete what a save of this step would have, had it not been killed or failed behind its last write."""
+    files.remove_unfinished(folder, "step-*")
+    _remove_old(folder, step, keep)
+
+
 def clear(folder: Path) -> None:
     """Delete the checkpoints of an earlier run."""
     for path in _steps(folder):
@@ -128,7 +133,7 @@ def _write(folder: Path, step: int, tensors: Further, state: dict[str, Any], kee
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
             hashes = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps(hashes), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ResourceError(
             f"the checkpoint of step {step} cannot be written under {folder}: {error}. Earlier ones are untouched."
         ) from error

@@ -218,7 +218,10 @@ class _Loop:
         found = checkpoint.load_latest(
             folder, self.student, self.adamw, accept=self._refuse_other, further=self._kept()
         )
-        return (found.step, found.state["last"]) if found else (0, nothing)
+        if found is None:
+            return 0, nothing
+        distributed.main_first(partial(checkpoint.tidy, folder, found.step, self.config.keep_checkpoints))
+        return found.step, found.state["last"]
 
     def _refuse_other(self, state: dict[str, Any]) -> None:
         saved = state["identity"]

@@ -97,5 +97,5 @@ def _write(path: Path, neighbours: np.ndarray) -> None:
     try:
         with files.published_file(path) as temporary:
             save_file({"neighbours": neighbours}, temporary)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         print(f"{path} cannot be written ({error}); another run finds the neighbours anew.", file=sys.stderr)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -120,9 +121,9 @@ class Processes:
         return len(self.codes) < len(self.pids)
 
     def signal(self, number: int) -> None:
-        for pid in self.pids:
-            if pid not in self.codes:
-                os.kill(pid, number)
+        """To all at once, as a terminal does: one that is told later may find the first gone."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pids[0], number)
 
     def wait(self, timeout_seconds: float = 120) -> list[int]:
         end = time.monotonic() + timeout_seconds
@@ -148,6 +149,7 @@ def start(act: Callable[[], Any], world: int, folder: Path, board: Board | None 
         if (pid := os.fork()) == 0:
             _live(act, rank, world, meeting, folder, board)
         pids.append(pid)
+        os.setpgid(pid, pids[0])
     return Processes(pids)
 
 

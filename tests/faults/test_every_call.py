@@ -4,6 +4,7 @@ Each trial is a forked process (disturbed.py) on a fresh copy of a scene (scenes
 (open, fsync, rename, unlink, ...), two at bytes of the files that are written.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import counts
 import processes
 import pytest
+import torch
 from disturbed import AT_A_BYTE, AT_A_CALL, disturbed
+from safetensors.torch import save_file
 from scenes import Scene, fresh, scenes
 
+from distill import files
 from distill.store import compression
 
 NAMES = [
@@ -86,6 +90,32 @@ def test_nothing_is_lost_at_any_call_of(swept: dict[str, Any], name: str) -> Non
 
 def test_every_scene_has_a_test(swept: dict[str, Any]) -> None:
     assert sorted(swept) == sorted(NAMES)
+
+
+# What libraries write by themselves
+
+
+@pytest.mark.parametrize("publish", [files.published_file, files.published_folder])
+def test_a_full_disk_is_an_os_error_whoever_writes(tmp_path: Path, publish: Callable[[Path], Any]) -> None:
+    def write() -> None:
+        with publish(tmp_path / "new") as temporary:
+            file = temporary / "vectors.safetensors" if temporary.is_dir() else temporary
+            save_file({"vectors": torch.zeros(5000)}, file)
+
+    full = disturbed(write, tmp_path, "full", 100)
+    assert (full.how, full.text) == ("error", "OSError: [Errno 27] File too large")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_library_leaves_when_it_is_killed_goes_with_the_next_writer(tmp_path: Path) -> None:
+    def write() -> None:
+        with files.published_file(tmp_path / "vectors") as temporary:
+            save_file({"vectors": torch.zeros(5000)}, temporary)
+
+    assert disturbed(write, tmp_path, "killed writing", 100).how == "killed"
+    assert [item.name.startswith(".vectors.") for item in tmp_path.iterdir()] == [True]
+    files.remove_unfinished(tmp_path, "vectors")
+    assert list(tmp_path.iterdir()) == []
 
 
 # That the sweep can fail
