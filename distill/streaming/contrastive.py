@@ -199,6 +199,7 @@ class _Matrix:
         Of -t, student - t is added: what lies along the student is taken out anyway, and near convergence that is
         nearly all of t. Of a gradient whose negatives point everywhere it would leave the rounding, at 5e-5.
         """
+        self._buffer.free()  # for what the passes below take
         for rows in self.row_tiles():
             gradient[rows].addcmul_(share_of_negatives[rows], self.student.minus(self.teacher, rows.start, rows.stop))
         gradient /= self.temperature * self.share.total

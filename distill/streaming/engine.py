@@ -23,10 +23,10 @@ from distill.similarity import normalize, row_lengths
 # Rows and columns of a tile of the matrix. On two cores of an EPYC (1 MB of L2 each) the two products of a contrastive loss
 # in tiles of (1024, 1024) took 2 % longer than the whole products, (512, 4096) 8 %, (128, 4096) 30 %. On CUDA: at least.
 TILE = 1024
-# On CUDA, rows of a tile, its columns, and its elements (112 MB in float32), at most. On an H100 the two products of 16,384
-# rows took 1.18 in tiles of (4096, 8192), 1.20 of (16384, 1024), 1.26 of (4096, 2048), and 1.23 of (5632, 1536), which stay
-# in its L2 cache.
-CUDA_HEIGHT, CUDA_WIDTH, CUDA_TILE = 2**12, 2**14, 7 * 2**22
+# On CUDA, rows of a tile, its columns, and its elements (128 MB in float32), at most. On an H100 the two products of 16,384
+# rows took 1.18 in tiles of (4096, 8192), 1.20 of (16384, 1024), 1.24 of (4096, 7168), 1.26 of (4096, 2048), and 1.23 of
+# (5632, 1536), which stay in its L2 cache.
+CUDA_HEIGHT, CUDA_WIDTH, CUDA_TILE = 2**12, 2**14, 2**25
 # Elements of rows that are normalised once and kept (128 MB in float32); more are normalised a tile at a time.
 KEPT = 2**25
 CUDA_KEPT = 2**24
@@ -234,7 +234,7 @@ def tile_sizes(rows: Shaped[Tensor, "b d"]) -> tuple[int, int]:
 def sizes_on_device(count: int) -> tuple[int, int]:
     """Large products for any device, in bounded memory: fewer rows have more columns, which are copied at length 1."""
     height = max(TILE, min(count, CUDA_HEIGHT))
-    return height, max(TILE, min(CUDA_WIDTH, CUDA_TILE // height))
+    return height, min(CUDA_WIDTH, CUDA_TILE // height // 256 * 256)  # rows of an odd length are slow to multiply
 
 
 def product_columns(rows: Shaped[Tensor, "n d"]) -> int:
@@ -274,13 +274,20 @@ def exp_(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
 
 class Buffer:
-    """One piece of memory for tile after tile: a fresh allocation would cost its page faults each time."""
+    """One piece of memory for tile after tile, from the first on: a fresh allocation would cost its page faults each time."""
 
     def __init__(self, elements: int, like: Tensor, dtype: torch.dtype) -> None:
-        self._memory = torch.empty(elements, dtype=dtype, device=like.device)
+        self._elements, self._like, self._dtype = elements, like, dtype
+        self._memory: Tensor | None = None
 
     def __call__(self, *shape: int) -> Tensor:
+        if self._memory is None:
+            self._memory = self._like.new_empty(self._elements, dtype=self._dtype)
         return self._memory[: int(torch.Size(shape).numel())].view(shape)
+
+    def free(self) -> None:
+        """Give the memory back; what was made of it must be done with."""
+        self._memory = None
 
 
 class Share:
