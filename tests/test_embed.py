@@ -15,8 +15,8 @@ import torch
 from filelock import FileLock
 
 from distill import distributed
-from distill import embed as module
-from distill.embed import default_store, embed, embed_vocabulary, import_vectors, main
+from distill.embed import default_store, embed, embed_vocabulary, import_vectors, job, places, taking
+from distill.embed.taking import main
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, NumericsError, RecipeError, ResourceError
 from distill.modules import Tokens
@@ -50,8 +50,8 @@ def counted(teacher: Encoder, monkeypatch: pytest.MonkeyPatch) -> Counted:
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several windows and many batches from few texts."""
-    monkeypatch.setattr(module, "WINDOW", 32)
-    monkeypatch.setattr(module, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(job, "WINDOW", 32)
+    monkeypatch.setattr(job, "BATCH_TOKENS", 64)
 
 
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_mpnet"])
@@ -242,7 +242,7 @@ def test_whole_windows_are_dealt_out_where_there_are_many(
 ) -> None:
     texts = runs.texts(100)
     expected = embed(texts, teacher, tmp_path / "a")
-    monkeypatch.setattr(module, "WINDOW", 4)
+    monkeypatch.setattr(job, "WINDOW", 4)
     parts, tokenized = [], []
     tokenize = teacher.tokenize
 
@@ -253,8 +253,8 @@ def test_whole_windows_are_dealt_out_where_there_are_many(
     for rank in range(3):  # what each of three processes would compute
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: 3)
-        job = module._Job(teacher, texts, text_keys(texts), noting, "", 1.0)  # type: ignore[arg-type]
-        parts += [batch.numbers for batch in job._batches(np.arange(100), np.ones(100, dtype=bool))]
+        planned = job.Job(teacher, texts, text_keys(texts), noting, "", 1.0)  # type: ignore[arg-type]
+        parts += [batch.numbers for batch in planned._batches(np.arange(100), np.ones(100, dtype=bool))]
     assert tokenized == [4] * 25  # each window by one of them
     assert sorted(np.concatenate(parts).tolist()) == [*range(100)]
     assert len(expected) == 100
@@ -338,7 +338,7 @@ def test_a_compressed_build_that_stops_anywhere_goes_on_to_the_same_bits(
 
     with monkeypatch.context() as patch:
         if at in ("fit", "taking in"):
-            patch.setattr(module, {"fit": "_create_fitted", "taking in": "_take_in_sample"}[at], stop)
+            patch.setattr(places, {"fit": "_create_fitted", "taking in": "_take_in_sample"}[at], stop)
         else:
             compute, last = teacher.compute, 20 if at == "sample" else 70
             patch.setattr(teacher, "compute", lambda tokens: stop() if counted.texts > last else compute(tokens))
@@ -390,13 +390,13 @@ def test_an_import_keeps_what_another_process_stored_meanwhile(
 ) -> None:
     texts = runs.texts(40)
     vectors = teacher.encode(texts).numpy()
-    refuse = module._refuse_foreign
+    refuse = taking._refuse_foreign
 
     def meanwhile(*arguments: Any) -> None:
         refuse(*arguments)
         embed(texts[:20], teacher, tmp_path)
 
-    monkeypatch.setattr(module, "_refuse_foreign", meanwhile)
+    monkeypatch.setattr(taking, "_refuse_foreign", meanwhile)
     assert len(import_vectors(texts[10:], vectors[10:], teacher, tmp_path)) == 40
     assert len(Store.open(tmp_path)) == 40
 
@@ -431,7 +431,7 @@ def build(
     model: str, path: str, count: int, flush_seconds: float = 30.0, wait: float = 0.0, store_as: str | None = None
 ) -> dict[str, Any]:
     """In a process of its own: embed, slowly if `wait` says so; how many texts it computed and what is stored."""
-    module.WINDOW, module.BATCH_TOKENS, compression.FIT_ROWS = 32, 64, 80
+    job.WINDOW, job.BATCH_TOKENS, compression.FIT_ROWS = 32, 64, 80
     teacher, computed = runs.teacher(model), 0
     compute = teacher.compute
 
@@ -463,8 +463,8 @@ def serial_int8(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> to
 
 def uninterrupted(model: Path, path: Path, store_as: str | None = None) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "WINDOW", 32)
-        patch.setattr(module, "BATCH_TOKENS", 64)
+        patch.setattr(job, "WINDOW", 32)
+        patch.setattr(job, "BATCH_TOKENS", 64)
         patch.setattr(compression, "FIT_ROWS", 80)
         return embed(runs.texts(COUNT), runs.teacher(model), path, store_as=store_as).vectors(runs.texts(COUNT))
 

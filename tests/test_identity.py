@@ -10,8 +10,8 @@ import pytest
 import runs
 import torch
 
-from distill import embed as module
 from distill.embed import embed, embed_vocabulary
+from distill.embed import job as module
 from distill.encoder import Encoder
 from distill.errors import IntegrityError
 from distill.modules import Tokens

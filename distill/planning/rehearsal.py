@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill import distributed, students
 from distill.config import StudentConfig
-from distill.embed import BATCH_TOKENS
+from distill.embed.job import BATCH_TOKENS
 from distill.encoder import Encoder
 from distill.modules import Tokens
 from distill.planning.arithmetic import STEPS

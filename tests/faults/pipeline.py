@@ -21,7 +21,7 @@ from disturbed import disturbed
 from scenes import nothing_unfinished, tree
 
 from distill import cli, distributed, files
-from distill import embed as embedding
+from distill.embed import embed, job
 from distill.encoder import Encoder
 from distill.store import Store, text_keys, verify
 from distill.training import checkpoint, loop
@@ -94,8 +94,8 @@ class Board:
 
 def run_all(model: str, folder: Path) -> None:
     """Embed, train, export; each goes on where it was stopped."""
-    embedding.WINDOW, embedding.BATCH_TOKENS = 16, 48
-    embedding.embed(TEXTS, runs.teacher(model), folder / "store", flush_seconds=0.0)
+    job.WINDOW, job.BATCH_TOKENS = 16, 48
+    embed(TEXTS, runs.teacher(model), folder / "store", flush_seconds=0.0)
     run = runs.small_run(model, folder / "run", store=folder / "store", resume=True, **OPTIONS)
     distributed.main_first(partial(_export, run.student, folder / "student"))
 

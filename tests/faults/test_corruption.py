@@ -15,8 +15,8 @@ import pytest
 import runs
 import torch
 
-from distill import embed as module
 from distill.embed import embed
+from distill.embed import job as module
 from distill.errors import IntegrityError
 from distill.modules import Tokens
 from distill.store import Store, text_keys, verify

@@ -18,7 +18,7 @@ import tiny
 import torch
 
 from distill.data import load_texts
-from distill.embed import main as embed_main
+from distill.embed.taking import main as embed_main
 from distill.encoder import Encoder
 from distill.errors import DistillError
 from distill.store import Store, verify

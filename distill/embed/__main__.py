@@ -1,0 +1,7 @@
+"""python -m distill.embed: take vectors you already have into a store."""
+
+import sys
+
+from distill.embed.taking import main
+
+sys.exit(main())

@@ -1,0 +1,118 @@
+"""Vectors that somebody has already, of an index say, as a teacher's store."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distill import similarity
+from distill.data import load_texts
+from distill.embed.job import flags_of
+from distill.embed.places import prepare
+from distill.encoder import Encoder
+from distill.errors import DataError, DistillError, IntegrityError
+from distill.identity import computing
+from distill.store import Rows, Store, text_keys
+from distill.store.shards import SHARD_ROWS, Shard
+
+
+def import_vectors(
+    texts: Sequence[str],
+    vectors: np.ndarray,
+    teacher: Encoder,
+    path: str | Path,
+    *,
+    role: str | None = None,
+    checked: int = 16,
+    least_cosine: float = 0.999,
+) -> Store:
+    """Take vectors (n, e) that you already have, of an index say, into a store.
+
+    `checked` texts are embedded by the teacher and compared: IntegrityError names the first whose cosine is below
+    `least_cosine`, since vectors of another model, prompt or max_length would teach the wrong space.
+    """
+    if not texts or vectors.shape != (len(texts), teacher.width):
+        raise DataError(
+            f"{len(texts):,} texts and vectors of shape {vectors.shape}; expected ({max(len(texts), 1)}, {teacher.width})."
+        )
+    prompt = teacher.prompt(role)
+    _refuse_foreign(texts, vectors, teacher, role, checked, least_cosine)
+    keys = text_keys(texts, prompt=prompt)
+    _, first = np.unique(keys, axis=0, return_index=True)
+    with prepare(Path(path), teacher, keys, computing(teacher, texts, role)).lock():
+        store = Store.open(path)  # as it is now: another process may have written while this one waited
+        new = np.sort(first[store.find(keys[first]) < 0])
+        store.require_space(len(new))
+        written: list[Shard] = []
+        for start in range(0, len(new), SHARD_ROWS):
+            part = new[start : start + SHARD_ROWS]
+            tokenized = teacher.tokenize([texts[i] for i in part], prompt=prompt)
+            flags = flags_of(vectors[part], np.array(tokenized.empty))
+            written += store.append(Rows(vectors[part], keys[part], tokenized.tokens.lengths.numpy(), flags))
+        store.publish(written)
+    return store
+
+
+def _refuse_foreign(
+    texts: Sequence[str], vectors: np.ndarray, teacher: Encoder, role: str | None, checked: int, least_cosine: float
+) -> None:
+    """Compare some of the vectors with what the teacher gives; rows that will be set aside anyway say nothing."""
+    sample = np.linspace(0, len(texts) - 1, min(checked, len(texts))).astype(int)
+    theirs = torch.from_numpy(vectors[sample].astype(np.float32))
+    usable = theirs.isfinite().all(dim=1) & theirs.any(dim=1)
+    if not usable.any():
+        raise DataError(f"none of {len(sample)} vectors that were looked at is finite and not zero.")
+    sample, theirs = sample[usable.numpy()], theirs[usable]
+    own = teacher.encode([texts[i] for i in sample], role=role)
+    agreement = similarity.pairwise_cosine(own, theirs)
+    if not (agreement >= least_cosine).all():
+        worst = int(agreement.nan_to_num(-2).argmin())
+        raise IntegrityError(
+            f"row {sample[worst]} ({texts[sample[worst]][:60]!r}) has cosine {agreement[worst]:.4f} to what {teacher.name} gives for it "
+            f"(max_length {teacher.max_length}, prompt {teacher.prompt(role)!r}); at least {least_cosine} is asked. Name the encoder that made the vectors."
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.embed", description="Take vectors you already have into a store."
+    )
+    parser.add_argument("path", type=Path, help="folder of the store; made if it is not there")
+    parser.add_argument(
+        "--teacher", required=True, help="the model that made the vectors: folder, Hub name or installed package"
+    )
+    parser.add_argument("--texts", required=True, help="the texts, row by row (JSONL, CSV, TXT, Parquet; .gz)")
+    parser.add_argument("--vectors", type=Path, required=True, help=".npy of shape (texts, width)")
+    parser.add_argument("--column", default=None, help="column of the texts")
+    parser.add_argument(
+        "--max-length", type=int, default=None, help="tokens the vectors were made with, if not the model's own"
+    )
+    parser.add_argument(
+        "--role",
+        choices=("query", "document"),
+        default=None,
+        help="whose prompt of the model the vectors were made with",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        teacher = Encoder.from_pretrained(options.teacher, max_length=options.max_length)
+        texts = load_texts(options.texts, column=options.column, unique=False).texts
+        store = import_vectors(texts, _read_array(options.vectors), teacher, options.path, role=options.role)
+    except DistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{options.path}: {len(store):,} vectors of width {store.width}")
+    return 0
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not an array that can be read: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise DataError(f"{path} holds no floating point array; save it with numpy.save(path, vectors).")
+    return array
