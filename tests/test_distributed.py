@@ -230,7 +230,7 @@ def everything(sizes: list[list[int]]) -> dict[str, Any]:
     return {"errors": worst_errors(sizes), "collectives": collectives()}
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def spawned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     world = request.param
     return processes.run(everything, world, tmp_path_factory.mktemp("distributed"), sizes=SIZES[world])

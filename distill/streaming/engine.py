@@ -234,7 +234,8 @@ def tile_sizes(rows: Shaped[Tensor, "b d"]) -> tuple[int, int]:
 def sizes_on_device(count: int) -> tuple[int, int]:
     """Large products for any device, in bounded memory: fewer rows have more columns, which are copied at length 1."""
     height = max(TILE, min(count, CUDA_HEIGHT))
-    return height, min(CUDA_WIDTH, CUDA_TILE // height // 256 * 256)  # rows of an odd length are slow to multiply
+    width = min(CUDA_WIDTH, CUDA_TILE // height // 256 * 256)  # rows of an odd length are slow to multiply
+    return height, max(TILE, width)
 
 
 def product_columns(rows: Shaped[Tensor, "n d"]) -> int:
