@@ -43,7 +43,7 @@ class LabelConfig:
     """Peak of the rate of sigma, the learned scale of the cosines."""
     weight_decay: float = 0.01
     """On the encoder's matrices and the proxies; vectors and sigma have none."""
-    distillation: float = 1.0
+    distillation: float = 10.0
     """Weight of the cosine distance to the targets; 0: labels alone."""
     warmup_fraction: float = 0.1
     """Share of the steps in which the rates rise from 0; a cosine brings them down again."""
