@@ -18,13 +18,11 @@ from safetensors import SafetensorError
 
 @contextmanager
 def published_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it is synced and renamed to `path`, on failure removed.
-
-    It lies in a folder of its own beside `path`: safetensors writes to a further file there, which a kill would leave.
-    """
+    """Yield a temporary path in the same folder; on success it is synced and renamed to `path`, on failure removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary = room / path.name
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
     try:
         with _told_as_os_error():
             yield temporary
@@ -33,7 +31,7 @@ def published_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

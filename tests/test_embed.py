@@ -13,6 +13,7 @@ import pytest
 import runs
 import torch
 from filelock import FileLock
+from safetensors.numpy import save_file
 
 from distill import distributed
 from distill.embed import default_store, embed, embed_vocabulary, import_vectors, job, places, taking
@@ -347,6 +348,39 @@ def test_a_compressed_build_that_stops_anywhere_goes_on_to_the_same_bits(
     assert 0 < counted.texts < 100
     assert torch.equal(embed(texts, teacher, tmp_path / "cut", store_as="pca-24-int8").vectors(texts), expected)
     assert not (tmp_path / "cut" / ".sample").exists()
+
+
+# What is left where nothing is missing
+
+
+def leftovers(path: Path, keys: np.ndarray) -> list[Path]:
+    """The list of a job, and what a writer that is killed leaves."""
+    left = [path / "job.safetensors", path / ".manifest.json.abcd1234", path / ".tmpAbC123"]
+    save_file({"keys": keys}, left[0])
+    for item in left[1:]:
+        item.write_bytes(b"")
+    return left
+
+
+def test_a_store_that_lacks_nothing_is_tidied_unless_somebody_is_writing(teacher: Encoder, tmp_path: Path) -> None:
+    texts = runs.texts(20)
+    store = embed(texts, teacher, tmp_path)
+    left = leftovers(tmp_path, text_keys(texts))
+    with store.lock():
+        embed(texts, teacher, tmp_path)
+        assert all(item.exists() for item in left)
+    embed(texts, teacher, tmp_path)
+    assert not any(item.exists() for item in left)
+
+
+def test_the_list_of_a_job_that_is_not_done_stays(teacher: Encoder, tmp_path: Path) -> None:
+    texts = runs.texts(20)
+    embed(texts[:10], teacher, tmp_path)
+    job_list = leftovers(tmp_path, text_keys(texts))[0]
+    embed(texts[:10], teacher, tmp_path)
+    assert job_list.exists()
+    embed(texts, teacher, tmp_path)
+    assert not job_list.exists()
 
 
 # Vectors that exist already

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill import distributed, similarity
-from distill.embed.job import Job
+from distill.embed.job import Job, tidy
 from distill.embed.places import default_store, lacks_codec, make_compressed, place, prepare
 from distill.embed.taking import import_vectors
 from distill.encoder import Encoder, Tokenized
@@ -54,6 +54,8 @@ def embed(
     if (store.find(keys) < 0).any():
         job = Job(teacher, texts, keys, partial(teacher.tokenize, prompt=prompt), "teacher vectors", flush_seconds)
         store = job.run(path)
+    else:
+        distributed.main_first(partial(tidy, path))
     _refuse_collapsed(store.take(store.find(keys[:1000])), teacher.name)
     return store
 

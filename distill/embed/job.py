@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -189,6 +190,18 @@ def _earlier(path: Path) -> np.ndarray:
         return load_file(path)["keys"]
     except (OSError, KeyError, ValueError, SafetensorError):
         return np.zeros((0, 2), np.uint64)
+
+
+def tidy(path: Path) -> None:
+    """Clear what a killed writer left in a store, if nobody is writing there; what may not be written to stays as it is."""
+    if not (path / JOB).exists() and not Store.open(path).unfinished():
+        return
+    lock = FileLock(path / ".lock")
+    with suppress(OSError), lock.acquire(timeout=0):  # a lock that is taken is one, too
+        store = Store.open(path)
+        store.remove_orphans()
+        if (store.find(_earlier(path / JOB)) >= 0).all():  # the job was done, its list was still there
+            (path / JOB).unlink(missing_ok=True)
 
 
 def _begin(path: Path, lock: BaseFileLock) -> None:

@@ -194,9 +194,16 @@ class Store:
         orphans = self.orphans()
         for name in orphans:
             (self.path / name).unlink(missing_ok=True)
-        for name in ("rows-*", "codec-*", MANIFEST, JOB, SAMPLE):
-            files.remove_unfinished(self.path, name)
+        for item in self.unfinished():
+            shutil.rmtree(item) if item.is_dir() else item.unlink(missing_ok=True)
         return orphans
+
+    def unfinished(self) -> list[Path]:
+        """What a writer writes, or has left when it was killed. safetensors writes to a .tmp file of its own first."""
+        names = ("rows-*", "codec-*", MANIFEST, JOB, SAMPLE)
+        return [
+            item for pattern in (*(f".{name}.*" for name in names), ".tmp??????") for item in self.path.glob(pattern)
+        ]
 
     @property
     def row_bytes(self) -> int:

@@ -107,17 +107,6 @@ def test_a_full_disk_is_an_os_error_whoever_writes(tmp_path: Path, publish: Call
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_library_leaves_when_it_is_killed_goes_with_the_next_writer(tmp_path: Path) -> None:
-    def write() -> None:
-        with files.published_file(tmp_path / "vectors") as temporary:
-            save_file({"vectors": torch.zeros(5000)}, temporary)
-
-    assert disturbed(write, tmp_path, "killed writing", 100).how == "killed"
-    assert [item.name.startswith(".vectors.") for item in tmp_path.iterdir()] == [True]
-    files.remove_unfinished(tmp_path, "vectors")
-    assert list(tmp_path.iterdir()) == []
-
-
 # That the sweep can fail
 
 
