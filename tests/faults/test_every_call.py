@@ -33,11 +33,13 @@ NAMES = [
 
 
 def sweep(model: str, folder: str, calls: int, bytes_: int) -> dict[str, Any]:
-    """In a process of its own: trials of all scenes, at most `calls` of each; how many there were, and what went wrong."""
+    """In a process of its own: trials of all scenes, at most `calls` of each mode; how many there were, and what went wrong."""
     place, found = Path(folder), {}
     for name, scene in scenes(Path(model), place / "prepared").items():
-        chosen = trials(scene, place / name, bytes_)
-        chosen = [chosen[number] for number in compression.spread(len(chosen), calls)]
+        all_there_are, chosen = trials(scene, place / name, bytes_), []
+        for mode in AT_A_CALL + AT_A_BYTE:  # some of each
+            at = [one for one in all_there_are if one[0] == mode]
+            chosen += [at[number] for number in compression.spread(len(at), calls)]
         problems = [
             f"{mode} at {at}: {problem}" for mode, at in chosen if (problem := trial(scene, place / name, mode, at))
         ]
