@@ -70,9 +70,7 @@ def _told_as_os_error() -> Iterator[None]:
         yield
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise (OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))) from error
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -309,3 +309,15 @@ def test_errors_travel_between_processes(kind: type[BaseException]) -> None:
 
 def test_a_stop_is_no_failure_that_could_be_swallowed() -> None:
     assert not issubclass(Stopped, Exception)
+
+
+def test_bytes_that_are_no_unicode_are_told_by_their_escapes(capsys: pytest.CaptureFixture) -> None:
+    """A stream that takes strict UTF-8, as pytest's and a notebook's do, would refuse them."""
+
+    @dataclass(frozen=True)
+    class Nothing:
+        """No flags."""
+
+    with pytest.raises(SystemExit):
+        cli._parse(Nothing, ["--nothing", "\udcff"], "A recipe.")
+    assert "\\udcff" in "".join(capsys.readouterr())

@@ -10,8 +10,7 @@ import pytest
 import runs
 import torch
 
-from distill.embed import embed, embed_vocabulary
-from distill.embed import job as module
+from distill.embed import embed, embed_vocabulary, job
 from distill.encoder import Encoder
 from distill.errors import IntegrityError
 from distill.modules import Tokens
@@ -121,8 +120,8 @@ def test_batches_order_and_device_are_full_hits(
     store = embed(TEXTS, teacher, tmp_path / "store")
     expected = store.vectors(TEXTS)
     counted.clear()
-    monkeypatch.setattr(module, "BATCH_TOKENS", 64)
-    monkeypatch.setattr(module, "WINDOW", 8)
+    monkeypatch.setattr(job, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(job, "WINDOW", 8)
     again = embed(TEXTS[::-1], teacher.to(device), tmp_path / "store")
     assert counted == []
     assert torch.equal(again.vectors(TEXTS), expected)

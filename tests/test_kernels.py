@@ -16,8 +16,9 @@ from test_losses import CASES, Case, columns, every_loss, gradient, inputs
 from test_streaming import HARD
 from torch import Tensor
 
+from distill.benchmark.arms import one_tile
 from distill.losses import cross_contrastive
-from distill.streaming import engine
+from distill.streaming import divergence, engine, joint, pairs
 from distill.streaming.columns import LeftOut
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,6 +218,8 @@ def test_a_false_negative_margin_through_the_kernels() -> None:
 )
 def test_tiles_on_a_device_are_large_and_bounded(count: int, expected: tuple[int, int]) -> None:
     assert engine.sizes_on_device(count) == expected
+    with one_tile():
+        assert min(engine.sizes_on_device(count)) >= 2**40
 
 
 def test_where_triton_is_missing_or_cannot_compile_the_passes_are_plain() -> None:
@@ -314,6 +317,26 @@ def test_float32_on_cuda_is_exact_to_1e5(name: str) -> None:
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.usefixtures("passes")
+@every_loss
+def test_small_passes_tiles_and_blocks_on_cuda_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = (x.cuda() for x in inputs(case, 300, torch.float32, d=32))
+    extra = on_cuda(columns(case, 300, n=11, dtype=torch.float32, d=32))
+    whole = [case(student, teacher, **extra), gradient(lambda s: case(s, teacher, **extra), student)]
+    sizes = {"TILE": 64, "CUDA_HEIGHT": 64, "CUDA_WIDTH": 64, "CUDA_PASS": 32 * 50, "CUDA_KEPT": 0}
+    sizes |= {"CUDA_ROWS": 64, "CUDA_BLOCK": 20, "CUDA_SIDE": 64, "CUDA_CHUNK": 64 * 300}
+    for name, size in sizes.items():
+        for module in (engine, joint, pairs, divergence):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, size)
+    for found, expected in zip(
+        [case(student, teacher, **extra), gradient(lambda s: case(s, teacher, **extra), student)], whole, strict=True
+    ):
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("temperature", [0.05, 0.005])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_many_tiles_on_cuda(temperature: float, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,8 +350,8 @@ def test_many_tiles_on_cuda(temperature: float, symmetric: bool, monkeypatch: py
     whole = _with_gradient(student, teacher, keys, temperature, symmetric)
     monkeypatch.setattr(engine, "tile_sizes", small)
     tolerance = 5e-7 / temperature
-    for found, one_tile in zip(_with_gradient(student, teacher, keys, temperature, symmetric), whole, strict=True):
-        assert (found - one_tile).abs().max() <= tolerance * one_tile.abs().max()
+    for found, expected in zip(_with_gradient(student, teacher, keys, temperature, symmetric), whole, strict=True):
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def _with_gradient(student: Tensor, teacher: Tensor, keys: Tensor, temperature: float, symmetric: bool) -> list[Tensor]:

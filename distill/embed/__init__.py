@@ -48,20 +48,16 @@ def embed(
     keys, compute = text_keys(texts, prompt=prompt), computing(teacher, texts, role)
     path = place(path, teacher, keys, compute, store_as)
     if store_as and distributed.main_first(partial(lacks_codec, path, store_as, teacher.width)):
-        into = partial(_embed_into, teacher=teacher, role=role, flush_seconds=flush_seconds)
-        make_compressed(path, store_as, texts, prompt, into)
+        like_these = partial(embed, teacher=teacher, role=role, flush_seconds=flush_seconds)
+        make_compressed(path, store_as, texts, prompt, like_these)
     store = prepare(path, teacher, keys, compute)
     if (store.find(keys) < 0).any():
         job = Job(teacher, texts, keys, partial(teacher.tokenize, prompt=prompt), "teacher vectors", flush_seconds)
         store = job.run(path)
     else:
-        distributed.main_first(partial(tidy, path))
+        distributed.main_first(partial(tidy, store))
     _refuse_collapsed(store.take(store.find(keys[:1000])), teacher.name)
     return store
-
-
-def _embed_into(texts: Sequence[str], path: Path, teacher: Encoder, role: str | None, flush_seconds: float) -> Store:
-    return embed(texts, teacher, path, role=role, flush_seconds=flush_seconds)
 
 
 def embed_vocabulary(
@@ -75,6 +71,8 @@ def embed_vocabulary(
     store = prepare(path, teacher, keys, compute)
     if (store.find(keys) < 0).any():
         store = Job(teacher, names, keys, partial(_single_tokens, teacher), "token vectors", flush_seconds).run(path)
+    else:
+        distributed.main_first(partial(tidy, store))
     return store.take(store.find(keys))
 
 

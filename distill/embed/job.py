@@ -69,15 +69,10 @@ class Job:
 
     def _wanted(self, store: Store) -> np.ndarray:
         """Numbers of the texts this job is about: an unfinished job's own list, if that still covers all that is missing."""
-        missing, path = np.flatnonzero(store.find(self.keys) < 0), store.path / JOB
-        earlier_keys = _earlier(path)
-        if (
-            path.exists() and (store.find(earlier_keys) >= 0).all()
-        ):  # it was done, and then killed or could not be deleted
-            path.unlink()
+        missing = np.flatnonzero(store.find(self.keys) < 0)
         if not len(missing):
             return missing
-        mine, earlier = packed(self.keys), packed(earlier_keys)
+        path, mine, earlier = store.path / JOB, packed(self.keys), packed(_earlier(store.path / JOB))
         if np.isin(mine[missing], earlier).all() and np.isin(earlier, mine).all():
             order = np.argsort(mine, kind="stable")
             return order[np.searchsorted(mine, earlier, sorter=order)]
@@ -192,16 +187,15 @@ def _earlier(path: Path) -> np.ndarray:
         return np.zeros((0, 2), np.uint64)
 
 
-def tidy(path: Path) -> None:
+def tidy(store: Store) -> None:
     """Clear what a killed writer left in a store, if nobody is writing there; what may not be written to stays as it is."""
-    if not (path / JOB).exists() and not Store.open(path).unfinished():
+    if not (store.path / JOB).exists() and not store.unfinished():
         return
-    lock = FileLock(path / ".lock")
-    with suppress(OSError), lock.acquire(timeout=0):  # a lock that is taken is one, too
-        store = Store.open(path)
-        store.remove_orphans()
-        if (store.find(_earlier(path / JOB)) >= 0).all():  # the job was done, its list was still there
-            (path / JOB).unlink(missing_ok=True)
+    with suppress(OSError), store.lock(timeout_seconds=0.0):  # a lock that is taken is one, too
+        now = Store.open(store.path)
+        now.remove_orphans()
+        if (now.find(_earlier(now.path / JOB)) >= 0).all():  # all of the list is done
+            (now.path / JOB).unlink(missing_ok=True)
 
 
 def _begin(path: Path, lock: BaseFileLock) -> None:

@@ -85,16 +85,14 @@ def lacks_codec(path: Path, store_as: str, width: int) -> bool:
     return False
 
 
-def make_compressed(
-    path: Path, store_as: str, texts: Sequence[str], prompt: str, embed_into: Callable[[Sequence[str], Path], Store]
-) -> None:
+def make_compressed(path: Path, store_as: str, texts: Sequence[str], prompt: str, embed: Callable[..., Store]) -> None:
     """Make an empty store whose codec is fitted to some of the texts, evenly spaced.
 
     These are embedded first, into a float16 store inside it, which `_create` takes in and deletes: no text is computed
     twice. Killed at any point, the next call goes on from there to the same bits.
     """
     chosen = [texts[number] for number in compression.spread(len(texts), compression.FIT_ROWS)]
-    sample = embed_into(chosen, path / SAMPLE)
+    sample = embed(chosen, path=path / SAMPLE)
     rows = sample.find(text_keys(chosen, prompt=prompt))
     distributed.main_first(partial(_create_fitted, path, Format.parse(store_as), sample, rows))
 

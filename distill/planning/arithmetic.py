@@ -170,7 +170,7 @@ def _kept(student: Encoder, examples: Examples, rows: torch.Tensor, config: Trai
 
 
 def _loss(loss: nn.Module, rows: int, columns: int, width: int) -> int:
-    """Rows of both sides with a gradient, unit rows of the columns, and the part of the matrix that is held at once."""
+    """Rows of both sides with a gradient, unit rows of the columns, and the part of the matrix that is held at once, on a CPU."""
     vectors = 6 * 4 * rows * width
     if isinstance(loss, CosineDistance | EmbeddingMSE):
         return vectors

@@ -200,7 +200,7 @@ class Store:
 
     def unfinished(self) -> list[Path]:
         """What a writer writes, or has left when it was killed. safetensors writes to a .tmp file of its own first."""
-        names = ("rows-*", "codec-*", MANIFEST, JOB, SAMPLE)
+        names = ("rows-*", "codec-*", "neighbours-*", MANIFEST, JOB, SAMPLE)
         return [
             item for pattern in (*(f".{name}.*" for name in names), ".tmp??????") for item in self.path.glob(pattern)
         ]

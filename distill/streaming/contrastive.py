@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.streaming import engine
 from distill.streaming.columns import Columns, LeftOut, Tile
-from distill.streaming.engine import Buffer, Share, UnitRows, exp_, operator, share_of, tiles, working_dtype
+from distill.streaming.engine import Buffer, Share, UnitRows, exp_, operator, share_of, working_dtype
 
 # Where all logits lie in a range of 148, which is so for temperatures from .0136 up, one shift serves every row: all
 # powers lie between e^-78 and e^70, and so do a million of them in sum. Below, each row has its running maximum.
@@ -36,22 +36,28 @@ def cross_contrastive(
     """Each student row finds its twin among all columns. 2 products of (b, n, d); 1 without gradient, one more with a margin."""
     share = share_of(student, shared)
     matrix = _Matrix(share, student, teacher, bank, keys, bank_keys, temperature, false_negative_margin)
-    sums = _Sums(matrix.positives, temperature)
     gradient = matrix.new_gradient(with_gradient)
-    for tile in matrix.column_tiles():
-        for rows in matrix.row_tiles():
-            powers, left_out = matrix.logits(rows, tile)
-            shrink = sums.add(rows, powers, left_out)
-            if with_gradient:
-                if shrink is not None:
-                    gradient[rows] *= shrink
-                gradient[rows].addmm_(powers, tile.rows)
+    sums = _row_sums(matrix, gradient if with_gradient else None)
     excess = sums.excess()
     value = matrix.mean(softplus(excess))
     if with_gradient:
         gradient *= (sums.shift - sums.positives - softplus(excess)).exp()
         matrix.finish(gradient, excess.sigmoid())
     return value, gradient
+
+
+def _row_sums(matrix: "_Matrix", gradient: Float[Tensor, "b d"] | None) -> "_Sums":
+    """Of the own rows over all columns. Powers times columns are added to the gradient, at the rows' shifts."""
+    sums = _Sums(matrix.positives, matrix.temperature)
+    for tile in matrix.column_tiles():
+        for rows in matrix.row_tiles():
+            powers, left_out = matrix.logits(rows, tile)
+            shrink = sums.add(rows, powers, left_out)
+            if gradient is not None:
+                if shrink is not None:
+                    gradient[rows] *= shrink
+                gradient[rows].addmm_(powers, tile.rows)
+    return sums
 
 
 @operator
@@ -199,7 +205,9 @@ class _Matrix:
         Of -t, student - t is added: what lies along the student is taken out anyway, and near convergence that is
         nearly all of t. Of a gradient whose negatives point everywhere it would leave the rounding, at 5e-5.
         """
-        self._buffer.free()  # for what the passes below take
+        for buffer in (self._buffer, self._teacher_buffer):  # for what the passes below take
+            if buffer:
+                buffer.free()
         for rows in self.row_tiles():
             gradient[rows].addcmul_(share_of_negatives[rows], self.student.minus(self.teacher, rows.start, rows.stop))
         gradient /= self.temperature * self.share.total
@@ -208,7 +216,7 @@ class _Matrix:
     def _positives(self) -> Float[Tensor, "b 1"]:
         parts = [
             (self.student.tile(start, stop) * self.teacher.tile(start, stop)).sum(-1, keepdim=True)
-            for start, stop in tiles(len(self.student))
+            for start, stop in self.student.tiles()
         ]
         empty = self.student.raw.new_empty((0, 1), dtype=self.student.dtype)
         return torch.cat([empty, *parts]) / self.temperature

@@ -23,8 +23,8 @@ from distill.similarity import normalize, row_lengths
 # Rows and columns of a tile of the matrix. On two cores of an EPYC (1 MB of L2 each) the two products of a contrastive loss
 # in tiles of (1024, 1024) took 2 % longer than the whole products, (512, 4096) 8 %, (128, 4096) 30 %. On CUDA: at least.
 TILE = 1024
-# On CUDA, rows of a tile, its columns, and its elements (128 MB in float32), at most. On an H100 the two products of 16,384
-# rows took 1.18 in tiles of (4096, 8192), 1.20 of (16384, 1024), 1.24 of (4096, 7168), 1.26 of (4096, 2048), and 1.23 of
+# On CUDA, rows of a tile, its columns, and its elements (128 MB in float32), at most. On an H100 a contrastive loss of
+# 16,384 rows took, as of its two products by torch.mm, 1.18 in tiles of (4096, 8192), 1.20 of (16384, 1024), 1.24 of (4096, 7168), 1.26 of (4096, 2048), and 1.23 of
 # (5632, 1536), which stay in its L2 cache.
 CUDA_HEIGHT, CUDA_WIDTH, CUDA_TILE = 2**12, 2**14, 2**25
 # Elements of rows that are normalised once and kept (128 MB in float32); more are normalised a tile at a time.
@@ -135,7 +135,7 @@ class UnitRows:
             return
         parts = [_inverse_lengths(raw[start:stop], dtype) for start, stop in self.tiles()]
         self._inverse = torch.cat([raw.new_empty((0, 1), dtype=dtype), *parts])
-        if raw.numel() <= (CUDA_KEPT if raw.is_cuda else KEPT):
+        if raw.is_cuda and raw.numel() <= CUDA_KEPT:
             self._unit = _scaled(raw, self._inverse, dtype)
 
     def __len__(self) -> int:
@@ -182,7 +182,7 @@ class UnitRows:
 
 
 def _unit_rows(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n d"]]:
-    """1 / length of each row, 0 for a zero row, and the unit rows; on a CPU."""
+    """1 / length of each row, 0 for a zero row, and the unit rows; not on CUDA."""
     inverse = _inverse_lengths(raw, dtype)
     return inverse, _scaled(raw, inverse, dtype) if _are_ordinary(inverse) else normalize(raw).to(dtype)
 
@@ -190,7 +190,7 @@ def _unit_rows(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> tuple[Float[Te
 def _inverse_lengths(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> Float[Tensor, "n 1"]:
     """0 for a zero row; on CUDA float64, where the squares of float32 neither vanish nor overflow.
 
-    Elsewhere lengths whose squares do are found again, at ten times the cost: to look at them there would wait for them.
+    Elsewhere lengths whose squares do are found again, at ten times the cost; on CUDA, looking for them would wait for the device.
     """
     if raw.is_cuda and raw.dtype != torch.float64:
         lengths = torch.linalg.vector_norm(raw.float(), dim=-1, keepdim=True, dtype=torch.float64)
@@ -239,7 +239,7 @@ def sizes_on_device(count: int) -> tuple[int, int]:
 
 
 def product_columns(rows: Shaped[Tensor, "n d"]) -> int:
-    """How many columns, rows of this width, a product of few rows takes at once."""
+    """How many columns a product of a chunk's few rows takes at once; their copies at length 1 take 50 MB at width 768."""
     return CUDA_WIDTH if rows.is_cuda else TILE
 
 
@@ -275,7 +275,7 @@ def exp_(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
 
 class Buffer:
-    """One piece of memory for tile after tile, from the first on: a fresh allocation would cost its page faults each time."""
+    """One piece of memory for tile after tile, made when the first asks for it: a fresh one would cost its page faults each time."""
 
     def __init__(self, elements: int, like: Tensor, dtype: torch.dtype) -> None:
         self._elements, self._like, self._dtype = elements, like, dtype

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,9 +93,14 @@ def load_latest(
 
 
 def tidy(folder: Path, step: int, keep: int) -> None:
-    """Delete what a save of this step would have, had it not been killed or failed behind its last write."""
-    files.remove_unfinished(folder, "step-*")
-    _remove_old(folder, step, keep)
+    """Delete what the save of this step would have, had it not been killed behind its last write; what cannot be deleted stays.
+
+    Later checkpoints were passed over as damaged, and stay until a new one is whole.
+    """
+    with suppress(OSError):
+        files.remove_unfinished(folder, "step-*")
+        for path in [path for path in _steps(folder) if _step(path) <= step][:-keep]:
+            files.remove_folder(path)
 
 
 def clear(folder: Path) -> None:

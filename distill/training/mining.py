@@ -38,7 +38,7 @@ def hard_neighbours(
     found = distributed.everywhere(partial(_own_blocks, data, store, count, margin, device or torch.device("cpu")))
     blocks = {start: rows for part in found for start, rows in part.items()}
     neighbours = np.concatenate([blocks[start] for start in sorted(blocks)])
-    distributed.main_first(partial(_write, path, neighbours))
+    distributed.main_first(partial(_write, store, path, neighbours))
     return neighbours
 
 
@@ -93,9 +93,9 @@ def _read(path: Path, texts: int, count: int) -> np.ndarray | None:
     return rows if whole else None
 
 
-def _write(path: Path, neighbours: np.ndarray) -> None:
+def _write(store: Store, path: Path, neighbours: np.ndarray) -> None:
     try:
-        with files.published_file(path) as temporary:
+        with store.lock(), files.published_file(path) as temporary:
             save_file({"neighbours": neighbours}, temporary)
     except OSError as error:
         print(f"{path} cannot be written ({error}); another run finds the neighbours anew.", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The table of what the sweeps did, at the end of a run; the sample or, with `-m slow`, all of it."""
 
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import counts
@@ -10,7 +11,7 @@ import pytest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A whole sweep takes minutes on an idle machine, and more on a busy one."""
     for item in items:
-        if item.get_closest_marker("slow"):
+        if item.get_closest_marker("slow") and item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.timeout(7200))
 
 

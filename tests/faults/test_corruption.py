@@ -15,8 +15,7 @@ import pytest
 import runs
 import torch
 
-from distill.embed import embed
-from distill.embed import job as module
+from distill.embed import embed, job
 from distill.errors import IntegrityError
 from distill.modules import Tokens
 from distill.store import Store, text_keys, verify
@@ -101,7 +100,7 @@ def test_repair_and_embed_compute_the_damaged_shard_alone(
 
 def build_all(model: str, path: str) -> dict[str, Any]:
     """In a process of its own, at the same time as others: all texts into one store."""
-    module.WINDOW, module.BATCH_TOKENS = 32, 64
+    job.WINDOW, job.BATCH_TOKENS = 32, 64
     teacher, computed = runs.teacher(model), 0
     compute = teacher.compute
 

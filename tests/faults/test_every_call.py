@@ -77,7 +77,7 @@ def swept(request: pytest.FixtureRequest, tiny_bert: Path, tmp_path_factory: pyt
     folder, full = tmp_path_factory.mktemp("sweep"), bool(request.param)
     options = {"calls": counts.amount("calls", full), "bytes_": counts.amount("bytes", full)}
     [found] = processes.run(
-        sweep, 1, folder, model=tiny_bert, folder=folder / "trials", timeout_seconds=20_000 if full else 900, **options
+        sweep, 1, folder, model=tiny_bert, folder=folder / "trials", timeout_seconds=7000 if full else 900, **options
     )
     return found
 
