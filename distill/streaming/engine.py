@@ -24,10 +24,11 @@ from distill.similarity import normalize, row_lengths
 # in tiles of (1024, 1024) took 2 % longer than the whole products, (512, 4096) 8 %, (128, 4096) 30 %. On CUDA: at least.
 TILE = 1024
 # On CUDA, rows of a tile, its columns, and its elements (128 MB in float32), at most. On an H100 a contrastive loss of
-# 16,384 rows took, as of its two products by torch.mm, 1.18 in tiles of (4096, 8192), 1.20 of (16384, 1024), 1.24 of (4096, 7168), 1.26 of (4096, 2048), and 1.23 of
-# (5632, 1536), which stay in its L2 cache.
+# 16,384 rows took, as of its two products by torch.mm, 1.18 in tiles of (4096, 8192), 1.20 of (16384, 1024), 1.24 of
+# (4096, 7168), 1.29 of (4096, 2048), and 1.23 of (5632, 1536), which stay in its L2 cache.
 CUDA_HEIGHT, CUDA_WIDTH, CUDA_TILE = 2**12, 2**14, 2**25
-# Elements of rows that are normalised once and kept (128 MB in float32); more are normalised a tile at a time.
+# Elements of rows that are normalised once and kept (128 MB in float32); more are normalised a tile at a time. On CUDA
+# half of that, for each of student, teacher and bank.
 KEPT = 2**25
 CUDA_KEPT = 2**24
 # Rows whose float64 copies stay in a CPU's cache between passes: whole tiles of them took 3 times as long.
