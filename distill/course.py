@@ -40,7 +40,7 @@ def _stand_in(texts: Sequence[str], folder: Path, max_length: int) -> Encoder:
         "intermediate_size": 512,
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = BertModel(BertConfig(vocab_size=words.get_vocab_size(), initializer_range=0.1, **sizes))
     for table in (model.embeddings.position_embeddings, model.embeddings.token_type_embeddings):
         torch.nn.init.zeros_(table.weight)  # else all texts look alike to it

@@ -26,6 +26,12 @@ def device() -> torch.device:
 
     # Left to itself, Accelerate has processes on CPUs join only under ACCELERATE_USE_CPU: else each would run alone, as rank 0.
     on_cpus = "true" in os.environ.get("ACCELERATE_USE_CPU", "").lower() or not torch.accelerator.is_available()
+    here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 0 if on_cpus else torch.accelerator.device_count()
+    if 0 < devices < here:
+        raise ResourceError(
+            f"{here} processes on {devices} device{'s' * (devices > 1)}: start one process a device (--num_processes {devices}), or "
+            "leave the devices alone with ACCELERATE_USE_CPU=true."
+        )
     device = PartialState(cpu=on_cpus).device
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size() != launched:

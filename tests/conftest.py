@@ -1,5 +1,6 @@
 """Shapes in distill's signatures are checked here and nowhere else: the hook must come before the first import."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,12 @@ import torch
 
 jaxtyping.install_import_hook("distill", "beartype.beartype")
 torch.set_num_threads(1)  # as in the processes that tests start: the last bit of a product depends on the threads
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No GPU unless it is asked for (-m gpu): the others say the same on every machine, in two processes, too."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

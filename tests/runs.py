@@ -84,4 +84,4 @@ def small_run(
 
 
 def weights(run: Run) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in run.student.state_dict().items()}
+    return {name: value.cpu().numpy() for name, value in run.student.state_dict().items()}

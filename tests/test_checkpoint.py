@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim import AdamW
 
@@ -64,6 +65,16 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     (tmp_path / "step-1").mkdir()
     (tmp_path / "step-00000002").write_text("a file")
     assert load(tmp_path) is None
+
+
+def test_a_model_on_the_cpu_leaves_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("asked a GPU"))
+    write(tmp_path, 1)
+    file = tmp_path / "step-00000001" / "rng.safetensors"
+    assert load_file(file).keys() == {"0.cpu"}
+    assert load(tmp_path) is not None
 
 
 def test_only_the_newest_stay_and_what_killed_writers_left_goes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import runs
 import torch
 from safetensors.torch import load_file
 
-from distill import losses
+from distill import distributed, losses
 from distill.config import StudentConfig, TeacherConfig
 from distill.encoder import Encoder
 from distill.errors import RecipeError
@@ -154,7 +154,7 @@ def test_a_plan_says_it_all_and_leaves_nothing(
     )
     out = capsys.readouterr().out
     for part in (
-        "Memory on cpu, each process",
+        f"Memory on {distributed.device()}, each process",
         "Disk",
         "Time, from a rehearsal of 20 steps",
         "14 steps, 14 checkpoints",

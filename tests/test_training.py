@@ -157,7 +157,7 @@ def test_frozen_tables_stay_and_are_not_in_the_checkpoint(model: str, store: Pat
     table = student.backbone.model.get_input_embeddings().weight
     before = table.detach().clone()
     train(student, data, stored, losses.CosineDistance(), TrainConfig(batch_size=8), output=tmp_path)
-    assert torch.equal(table, before)
+    assert torch.equal(table.cpu(), before)
     assert not any("word_embeddings" in name for name in checkpointed(tmp_path)["optimizer"])
     again = runs.prepared(model, store, 40)[0]
     config = TrainConfig(batch_size=8, resume=True)
@@ -311,7 +311,8 @@ class Watching(nn.Module):
         self.given: list[dict[str, Any]] = []
 
     def forward(self, student: Tensor, teacher: Tensor, **columns: Any) -> Tensor:
-        self.given.append({"teacher": teacher, **columns})
+        given = {"teacher": teacher, **columns}
+        self.given.append({name: part.cpu() if isinstance(part, Tensor) else part for name, part in given.items()})
         return losses.cross_contrastive(student, teacher, **columns)
 
 
@@ -704,7 +705,7 @@ def test_rare_tokens_stay_near_their_start(model: str, store: Path, tmp_path: Pa
         before = student.backbone.table.detach().clone()
         config = TrainConfig(batch_size=8, epochs=6.0, learning_rate=1e-2, start_decay=strength)
         train(student, data, stored, losses.CosineDistance(), config, output=tmp_path / str(strength))
-        moved[strength] = (student.backbone.table.detach() - before).norm(dim=1)
+        moved[strength] = (student.backbone.table.detach().cpu() - before).norm(dim=1)
     counts = torch.bincount(data.tokens.ids.long(), minlength=len(before))
     groups = {"rare": counts == 1, "common": counts >= counts.topk(5).values.min(), "unseen": counts == 0}
     left = {name: float(moved[30.0][some].mean() / moved[None][some].mean()) for name, some in groups.items()}
@@ -841,6 +842,15 @@ def test_processes_that_did_not_join_are_refused(monkeypatch: pytest.MonkeyPatch
         distributed.device()
 
 
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ResourceError, match=r"3 processes on 2 devices: .*--num_processes 2.*ACCELERATE_USE_CPU=true"):
+        distributed.device()
+
+
 # Real processes: many as one
 
 MANY: dict[str, dict[str, Any]] = {
@@ -876,7 +886,7 @@ def many_runs(model: str, store: str, folder: str) -> dict[str, Any]:
     except DistillError as error:
         found["error"] = f"{type(error).__name__}: {error}"
     found["unchanged"] = all(
-        torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in student.state_dict().items()
+        torch.equal(value.cpu().nan_to_num(), before[name].nan_to_num()) for name, value in student.state_dict().items()
     )
     loss = Watching()
     student, data, stored = runs.prepared(model, store, 40, "static")

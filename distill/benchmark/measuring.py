@@ -24,6 +24,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from distill import distributed
+
 Result = TypeVar("Result")
 PROCESS = Path("/proc/self")
 
@@ -147,7 +149,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 def machine(*packages: str) -> str:
     """The processor, the accelerator if any, versions of Python, torch and `packages`, and the date."""
-    if torch.cuda.is_available():
+    if distributed.device().type == "cuda":
         parts = [torch.cuda.get_device_name()]
     else:
         memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"

@@ -129,7 +129,7 @@ def _rank(vectors: Tensor) -> dict[str, Tensor]:
 
 def _quarters(values: Float[Tensor, " n"]) -> Iterator[tuple[float, float, Int[Tensor, " m"]]]:
     """Lowest value, highest value and rows of each quarter; equal values stay together, so that quarters may be uneven or fewer."""
-    edges = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype))
+    edges = values.quantile(values.new_tensor([0.25, 0.5, 0.75]))
     quarter = torch.bucketize(values, edges)
     for number in quarter.unique():
         rows = (quarter == number).nonzero().squeeze(1)

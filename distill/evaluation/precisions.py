@@ -32,7 +32,7 @@ def quantize(
     """
     if precision not in get_args(Precision):
         raise ValueError(f"a precision is {', '.join(get_args(Precision))}; got {precision!r}.")
-    array = vectors.float().numpy()
+    array = vectors.float().cpu().numpy()
     if precision == "float32":
         return array
     if precision in ("binary", "ubinary"):
@@ -119,6 +119,6 @@ def _through(
 
 
 def _steps(ranges: Float[Tensor, "2 d"]) -> tuple[np.ndarray, np.ndarray]:
-    low, high = ranges.float().numpy()
+    low, high = ranges.float().cpu().numpy()
     step = (high - low) / np.float32(255)
     return low, np.where(step == 0, np.float32(1), step)

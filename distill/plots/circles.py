@@ -63,10 +63,10 @@ def classes_on_circle(
     for ax, (name, weight) in zip(axes, proxies.items(), strict=True):
         _draw_circle(ax, name, room=1.15)
         each = (nb_proxy or {}).get(name, 1)
-        directions = normalize(weight.detach()).numpy()
+        directions = normalize(weight.detach()).cpu().numpy()
         for label in range(len(weight) // each):
             colour, marker = styles[label % len(styles)]
-            xs, ys = points[labels == label].T.numpy()
+            xs, ys = points[labels == label].T.cpu().numpy()
             ax.scatter(xs, ys, s=22, color=colour, marker=marker, label=f"class {label}")
             length = 0.88 - 0.09 * (label % len(styles))
             for x, y in length * directions[label * each : (label + 1) * each]:
@@ -84,7 +84,7 @@ def _draw_circle(ax: "matplotlib.axes.Axes", title: str, room: float = 1.45) -> 
 
 
 def _draw_teacher(ax: "matplotlib.axes.Axes", points: Tensor) -> None:
-    xs, ys = points.T.numpy()
+    xs, ys = points.T.cpu().numpy()
     ax.scatter(xs, ys, s=60, facecolors="none", edgecolors=COLOURS[1], label="teacher")
     for number, (x, y) in enumerate(points.tolist(), start=1):
         ax.text(1.26 * x, 1.26 * y, str(number), ha="center", va="center", fontsize=7, color=COLOURS[1])
@@ -93,9 +93,9 @@ def _draw_teacher(ax: "matplotlib.axes.Axes", points: Tensor) -> None:
 def _draw_students(ax: "matplotlib.axes.Axes", points: Tensor, pulls: Tensor | None) -> None:
     if points.ndim == 3:
         for way in points.transpose(0, 1):
-            ax.plot(*way.T.numpy(), color=COLOURS[0], linewidth=1.5, alpha=0.45)
+            ax.plot(*way.T.cpu().numpy(), color=COLOURS[0], linewidth=1.5, alpha=0.45)
         points = points[-1]
-    xs, ys = points.T.numpy()
+    xs, ys = points.T.cpu().numpy()
     ax.scatter(xs, ys, s=20, color=COLOURS[0], label="student", zorder=3)
     for number, (x, y) in enumerate(points.tolist(), start=1):
         ax.text(0.77 * x, 0.77 * y, str(number), ha="center", va="center", fontsize=7, color=COLOURS[0])

@@ -98,7 +98,7 @@ def _bert(teacher: Encoder, layers: int, width: int, length: int, seed: int) -> 
         pad_token_id=transformer_of(teacher).pad_id,
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # alone: the other devices' stay as they are
         model: Any = BertModel(config, add_pooling_layer=True)
         for layer in model.encoder.layer:
             layer.attention.output.dense.weight.zero_()

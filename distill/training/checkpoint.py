@@ -52,7 +52,7 @@ def save(
     The main process writes: model, optimizer and `further` are the same everywhere under DDP, random states come from each
     process. `further` = {"average": {"weight": tensor}} becomes average.safetensors.
     """
-    states = distributed.gather_objects(_random_state())
+    states = distributed.gather_objects(_random_state(model))
     tensors = {
         "model": model.state_dict(),
         "optimizer": _optimizer_tensors(model, optimizer),
@@ -184,7 +184,7 @@ def _restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     except RuntimeError as error:
         raise IntegrityError(f"{path} holds another model: {error}. Resume with the same student.") from error
     _restore_optimizer(load_file(path / "optimizer.safetensors"), model, optimizer)
-    _restore_random(load_file(path / "rng.safetensors"))
+    _restore_random(load_file(path / "rng.safetensors"), model)
 
 
 @torch.no_grad()
@@ -222,14 +222,19 @@ def _restore_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: 
         optimizer.state[parameters[parameter]][key] = value.to(on)
 
 
-def _random_state() -> dict[str, Tensor]:
+def _random_state(model: nn.Module) -> dict[str, Tensor]:
+    """Of the devices that the model runs on: to ask a GPU that it does not use would take memory there."""
     states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
+    return states | {"cuda": torch.cuda.get_rng_state()} if _on_cuda(model) else states
 
 
-def _restore_random(states: dict[str, Tensor]) -> None:
+def _restore_random(states: dict[str, Tensor], model: nn.Module) -> None:
     rank = distributed.rank()
     if f"{rank}.cpu" in states:  # a run on more processes than before has no earlier state for the new ones
         torch.set_rng_state(states[f"{rank}.cpu"])
-    if f"{rank}.cuda" in states and torch.cuda.is_available():
+    if f"{rank}.cuda" in states and _on_cuda(model):
         torch.cuda.set_rng_state(states[f"{rank}.cuda"])
+
+
+def _on_cuda(model: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in model.parameters())
