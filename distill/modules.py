@@ -6,6 +6,7 @@ Axes: b texts · t tokens of all texts, end to end · l tokens of the longest te
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,6 +28,12 @@ class Tokens:
     ids: Int[Tensor, " t"]
     lengths: Int[Tensor, " b"]
 
+    @cached_property
+    def starts(self) -> Int[Tensor, " b"]:
+        """Where each text begins in `ids`. Cost: all texts, once."""
+        lengths = self.lengths.long()
+        return lengths.cumsum(0) - lengths
+
     @classmethod
     def from_lists(cls, ids: Sequence[Sequence[int]]) -> "Tokens":
         flat = torch.tensor([token for text in ids for token in text], dtype=torch.int32)
@@ -35,9 +42,9 @@ class Tokens:
     def rows(self, index: Int[Tensor, " k"]) -> "Tokens":
         """The texts at `index`, in that order. Cost: their tokens."""
         lengths = self.lengths[index].long()
-        starts = (self.lengths.long().cumsum(0) - self.lengths)[index]
-        within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        return Tokens(self.ids[torch.repeat_interleave(starts, lengths) + within], lengths.int())
+        ahead = self.starts[index] - (lengths.cumsum(0) - lengths)  # of where each text comes to stand
+        places = torch.repeat_interleave(ahead, lengths) + torch.arange(int(lengths.sum()))
+        return Tokens(self.ids[places], lengths.int())
 
     def grouped(self, token_budget: int) -> Iterator[tuple[Int[Tensor, " k"], "Tokens"]]:
         """Groups of texts of similar length, each at most `token_budget` padded tokens (or one text)."""
@@ -161,7 +168,7 @@ class StaticTable(nn.Module):
         return self.table.shape[1]
 
     def lend(self, used: Int[Tensor, " u"], rows: Float[Tensor, "u d"]) -> None:
-        """Read the vectors of the tokens `used` from `rows` until `take_back`; any other token is an IndexError."""
+        """Read the vectors of the tokens `used` from `rows` until `take_back`; no other token may be read."""
         self._places = torch.full((len(self.table),), -1, device=used.device)
         self._places[used] = torch.arange(len(used), device=used.device)
         self.lent = nn.Parameter(rows)
