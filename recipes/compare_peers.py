@@ -141,6 +141,7 @@ def one_seed(
             seconds=60 * recipe.minutes,
             batch_size=recipe.peer_batch_size or recipe.train.batch_size,
             learning_rate=recipe.peer_learning_rate or recipe.train.learning_rate,
+            bf16=recipe.train.mixed_precision == "bf16",
             seed=seed,
             output=folder / name.replace(", ", "-"),
         )

@@ -1,6 +1,6 @@
 """Other libraries' ways to make a student: the same texts, teacher vectors and wall time, the same start where they take one.
 
-Each runs its own training loop with its own defaults, except for batch size and learning rate, which are given.
+Each runs its own training loop with its own defaults, except for what it is given: batch size, learning rate, and whether in bf16.
 """
 
 import functools
@@ -37,6 +37,7 @@ class Work:
     seconds: float
     batch_size: int
     learning_rate: float
+    bf16: bool
     seed: int
     output: Path
 
@@ -94,6 +95,7 @@ def _train_in_trainer(work: Work, distance: Literal["cosine", "mse"], steps: int
         learning_rate=work.learning_rate,
         warmup_steps=round(0.1 * steps),
         max_steps=steps,
+        bf16=work.bf16,
         seed=work.seed,
     )
     return times, model
