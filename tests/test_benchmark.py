@@ -144,10 +144,12 @@ def test_every_way_reads_what_was_written(way: str, tmp_path: Path) -> None:
 def test_every_way_embeds_as_the_teacher_does(way: str, tiny_bert: Path, tmp_path: Path) -> None:
     if way.startswith("ONNX") and onnx.absent():
         pytest.skip("the extra onnx is not installed")
+    if way.startswith("OpenVINO"):
+        pytest.importorskip("openvino", reason="the extra openvino is not installed")
     teacher, texts = runs.teacher(tiny_bert), [*runs.texts(40), "of", runs.texts(3)[0]]
     found = {**encoding.WAYS, **encoding.RUNTIMES}[way](teacher, texts, tmp_path, 8)()
     expected = teacher.encode(texts)
-    if "int8" in way:
+    if "int8" in way or "bf16" in way:
         assert pairwise_cosine(found, expected).min() > 0.9
     else:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

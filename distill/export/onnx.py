@@ -36,6 +36,7 @@ LARGEST_DIFFERENCE = 1e-4  # of a number of a unit vector, between the float32 f
 LEAST_COSINE = 0.9  # of an int8 file's vectors to the student's, on average: below, it is another model
 LARGEST_BYTES = 2**31 - 2**27  # one protobuf file holds 2 GiB
 BATCH = 16
+Session = Callable[[dict[str, Any]], Any]  # inputs by name -> vectors (b, width), of numpy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +101,27 @@ def run(path: str | Path, texts: Sequence[str]) -> Float[Tensor, "n width"]:
     return opened(path)(texts)
 
 
-def opened(path: str | Path) -> Callable[[Sequence[str]], Float[Tensor, "n width"]]:
-    """`run` for many calls: the file is read once. Its threads are torch's in number."""
-    import onnxruntime
-
-    path, options = Path(path), onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    tokenizer = Tokenizer.from_file(str(path.with_name("tokenizer.json")))
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def opened(
+    path: str | Path, by: Callable[[Path], Session] | None = None
+) -> Callable[[Sequence[str]], Float[Tensor, "n width"]]:
+    """`run` for many calls: the file is read once, by ONNX Runtime with as many threads as torch has, or `by` another."""
+    path = Path(path)
+    tokenizer, session = Tokenizer.from_file(str(path.with_name("tokenizer.json"))), (by or _by_onnxruntime)(path)
 
     def vectors(texts: Sequence[str]) -> Float[Tensor, "n width"]:
         batches = (texts[start : start + BATCH] for start in range(0, len(texts), BATCH))
-        return torch.cat([torch.from_numpy(session.run(None, _inputs(tokenizer, some))[0]) for some in batches])
+        return torch.cat([torch.from_numpy(session(_inputs(tokenizer, some))) for some in batches])
 
     return vectors
+
+
+def _by_onnxruntime(path: Path) -> Session:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, inputs)[0]
 
 
 def usage(name: str = FLOAT) -> str:
