@@ -5,10 +5,8 @@ missed · 130 Ctrl-C · 143 SIGTERM.
 """
 
 import atexit
-import errno
 import io
 import itertools
-import json
 import os
 import shlex
 import signal
@@ -16,32 +14,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import MISSING, asdict, fields, is_dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from distill import distributed, files, manual
-from distill.errors import DistillError, IntegrityError, RecipeError, ResourceError, Stopped
+from distill import distributed, manual
+from distill.errors import DistillError, RecipeError, ResourceError, Stopped, explained
 from distill.export import this_command
+from distill.recording import record as record
 
 Recipe = TypeVar("Recipe")
 WRONG = "\n\nWhat goes wrong is told in one message; --debug adds the traceback."
-# Flags that may differ between a run and its continuation: they change no step of the training.
-FREE_TO_CHANGE = (
-    "resume",
-    "output",
-    "store",
-    "evaluation",
-    "gate",
-    "save_every",
-    "keep_checkpoints",
-    "trackers",
-    "micro_batch",
-    "gradient_checkpointing",
-    "read_ahead",
-    "plan",
-)
 
 
 def run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -84,7 +65,7 @@ def _run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: l
     except DistillError as error:
         return _report(error, str(error), error.exit_code, debug)
     except OSError as error:
-        return _report(error, _explain(error) + _way_on(recipe), ResourceError.exit_code, debug)
+        return _report(error, explained(error) + _way_on(recipe), ResourceError.exit_code, debug)
     except RuntimeError as error:
         if not distributed.lost_another(error):
             raise
@@ -176,97 +157,6 @@ def _recipe_error(stop: SystemExit) -> RecipeError | None:
     return RecipeError(f"--{group}: {cause}")
 
 
-def record(recipe: Any, output: Path) -> None:
-    """Write the resolved recipe and the command into the run's folder, so that it can be run again.
-
-    IntegrityError if the recipe is to resume a run that was begun with other flags. A --plan writes nothing.
-    """
-    if getattr(recipe, "plan", False):
-        return
-    distributed.main_first(partial(_record, recipe, output))
-
-
-def _record(recipe: Any, output: Path) -> None:
-    value = {"command": this_command(), "recipe": json.loads(json.dumps(asdict(recipe), default=str))}
-    path = output / "recipe.json"
-    try:
-        begun = any((output / "checkpoints").glob("step-*"))
-        if begun and not {"train", "resume"} & value["recipe"].keys():
-            raise RecipeError(f"{output} holds a training run, which this would overwrite; name another --output.")
-        if begun and path.exists() and _resumes(value["recipe"]):
-            _refuse_other_recipe(output, _begun_with(path), value["recipe"], _defaults(recipe))
-        elif begun or (output / "student").exists():
-            print(
-                f"{output} holds an earlier run, which this one replaces (its student, when the new one is done).",
-                file=sys.stderr,
-            )
-        for name in ("recipe.json", "report.json", "non-finite.json"):
-            files.remove_unfinished(output, name)
-        files.write_json(path, value)
-        (output / "non-finite.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise ResourceError(f"{_explain(error)} Name a folder you may write to with --output.") from error
-
-
-def _begun_with(path: Path) -> dict[str, Any]:
-    """The recipe that a run's recipe.json records."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path} is damaged ({type(error).__name__}: {error}), so it cannot be seen whether the run was begun with these flags. "
-            "Delete it to resume without that check: the checkpoint still refuses other training settings, texts or models."
-        ) from error
-
-
-def _defaults(recipe: Any) -> dict[str, Any]:
-    """A recipe's flags where nobody gives one, as recipe.json has them; one that has to be given is not there."""
-    given = {
-        field.name: field.default if field.default_factory is MISSING else field.default_factory()
-        for field in fields(recipe)
-        if field.default is not MISSING or field.default_factory is not MISSING
-    }
-    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in given.items()}  # type: ignore[arg-type]
-    return dict(json.loads(json.dumps(plain, default=str)))
-
-
-def _refuse_other_recipe(output: Path, before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """A flag that the run's recipe.json lacks did not exist when it was begun: then it ran as the flag's default has it."""
-    was, is_ = dict(_flags(defaults)) | dict(_flags(before)), dict(_flags(now))
-    differing = [
-        f"\n  {name}: was {was.get(name)}, is {is_.get(name)}"
-        for name in dict.fromkeys([*was, *is_])
-        if _moved(was.get(name)) != _moved(is_.get(name))
-    ]
-    if differing:
-        raise IntegrityError(
-            f"{output} holds a run of another recipe. What differs:{''.join(differing)}\n"
-            "Resume with the same flags, or name another folder with --output."
-        )
-
-
-def _flags(recipe: dict[str, Any], prefix: str = "--") -> Iterator[tuple[str, Any]]:
-    for name, value in recipe.items():
-        if name in FREE_TO_CHANGE:
-            continue
-        flag = prefix + name.replace("_", "-")
-        if isinstance(value, dict):
-            yield from _flags(value, flag + ".")
-        else:
-            yield flag, value
-
-
-def _moved(value: Any) -> Any:
-    """A path by its last part: the same file may lie elsewhere today. What is in it, the checkpoint knows."""
-    if isinstance(value, list):
-        return [_moved(item) for item in value]
-    return Path(value).name if isinstance(value, str) else value
-
-
-def _resumes(recipe: dict[str, Any]) -> bool:
-    return bool(recipe.get("resume") or recipe.get("train", {}).get("resume"))
-
-
 def say(*lines: object) -> None:
     """Print on the main process."""
     if distributed.is_main():
@@ -292,13 +182,6 @@ def _warn_of_one_process() -> None:
             "For N processes on CPUs: accelerate launch --multi_gpu --num_processes N, or torchrun --nproc-per-node N.",
             file=sys.stderr,
         )
-
-
-def _explain(error: OSError) -> str:
-    reason = error.strerror or str(error)
-    if error.errno == errno.ENOSPC:
-        reason += "; free some space there"
-    return f"{error.filename}: {reason}." if error.filename else f"{reason}."
 
 
 def _launched_first() -> bool:

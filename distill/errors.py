@@ -4,6 +4,8 @@ Losses and similarities raise plain ValueError and TypeError. The classes below 
 texts, stores, the hub. A message says what was expected, what came, where, and the one command or change that mends it.
 """
 
+import errno
+
 
 class DistillError(Exception):
     """Base of the errors that a recipe reports in one message, without a traceback."""
@@ -59,3 +61,11 @@ class Stopped(BaseException):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def explained(error: OSError) -> str:
+    """What the system said, and of which file."""
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOSPC:
+        reason += "; free some space there"
+    return f"{error.filename}: {reason}." if error.filename else f"{reason}."

@@ -121,6 +121,7 @@ ORDER = [
     "gates",
     "export.provenance",
     "export.card",
+    "export.graphs",
     "export.onnx",
     "export.upload",
     "export.writing",
@@ -159,6 +160,7 @@ ORDER = [
     "benchmark.reading",
     "benchmark",
     "manual",
+    "recording",
     "cli",
     "verify_resume",
 ]

@@ -5,7 +5,6 @@ A file has two inputs, `input_ids` and `attention_mask` (int64, batch x length, 
 ONNX Runtime needs of a student is the folder `onnx/`. optimum-onnx would do a part of this, and wants transformers 4.
 """
 
-import copy
 import importlib.util
 import json
 import logging
@@ -17,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange, reduce
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill import files, metrics
 from distill.encoder import Encoder
 from distill.errors import NumericsError, RecipeError
+from distill.export.graphs import graph
 from distill.folder import UNLIMITED
-from distill.modules import Dense, StaticTable, TransformerBackbone
-from distill.quantized import int8_rows
+from distill.modules import StaticTable
 from distill.similarity import pairwise_cosine
 
 FOLDER, FLOAT, INT8, MEASURED = "onnx", "student.onnx", "student-int8.onnx", "measured.json"
@@ -162,75 +159,6 @@ def _refuse_broken(found: Sequence[Measured]) -> None:
             )
 
 
-class _Graph(nn.Module):
-    """Ids and mask -> vectors, as an Encoder computes them, on rows that are padded."""
-
-    def __init__(self, backbone: TransformerBackbone, head: nn.Sequential) -> None:
-        super().__init__()
-        self.model, self.pooling, self.head = backbone.model, backbone.pooling, head
-
-    def forward(self, input_ids: Int[Tensor, "b l"], attention_mask: Int[Tensor, "b l"]) -> Float[Tensor, "b width"]:
-        mask = attention_mask.bool()
-        empty = ~mask.any(dim=1, keepdim=True)  # run on padding that it sees, and set to zero, as in the backbone
-        mask = mask | empty
-        hidden = self.model(input_ids=input_ids, attention_mask=mask.long())[0]
-        return self.head(self.pooling(hidden, mask).masked_fill(empty, 0.0))
-
-
-class _TableGraph(nn.Module):
-    """The same of a static table: the mean of a text's rows."""
-
-    def __init__(self, table: nn.Module, head: nn.Sequential) -> None:
-        super().__init__()
-        self.table, self.head = table, head
-
-    def forward(self, input_ids: Int[Tensor, "b l"], attention_mask: Int[Tensor, "b l"]) -> Float[Tensor, "b width"]:
-        mask = rearrange(attention_mask.float(), "b l -> b l 1")
-        total = reduce(self.table(input_ids) * mask, "b l d -> b d", "sum")
-        return self.head(total / reduce(mask, "b l 1 -> b 1", "sum").clamp(min=1.0))
-
-
-class _Int8Rows(nn.Module):
-    """An embedding whose rows are whole numbers with a scale each (`quantized.int8_rows`)."""
-
-    values: Tensor
-    scales: Tensor
-
-    def __init__(self, table: Float[Tensor, "v d"]) -> None:
-        super().__init__()
-        values, scales = int8_rows(table)
-        self.register_buffer("values", values)
-        self.register_buffer("scales", scales)
-
-    def forward(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
-        return self.values[ids].float() * rearrange(self.scales[ids], "b l -> b l 1")
-
-
-class _Int8Linear(_Int8Rows):
-    """A linear layer whose weights are kept so; what comes in stays float: a text's neighbours must not set its scale."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.weight.detach())
-        self.bias = linear.bias
-
-    def forward(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
-        return F.linear(vectors, self.values.float() * rearrange(self.scales, "e -> e 1"), self.bias)
-
-
-def _graph(student: Encoder, *, int8: bool) -> nn.Module:
-    """A copy of the student on the CPU; with `int8` its token table and Dense layers are kept as int8."""
-    backbone, head = copy.deepcopy(student.backbone).cpu().float(), copy.deepcopy(student.head).cpu().float()
-    for layer in head if int8 else ():
-        if isinstance(layer, Dense):
-            layer.linear = _Int8Linear(layer.linear)  # type: ignore[assignment]
-    if isinstance(backbone, StaticTable):
-        table = backbone.folded()
-        return _TableGraph(_Int8Rows(table) if int8 else nn.Embedding.from_pretrained(table), head).eval()
-    if int8:
-        backbone.model.set_input_embeddings(_Int8Rows(backbone.model.get_input_embeddings().weight.detach()))
-    return _Graph(backbone, head).eval()
-
-
 def _write(student: Encoder, path: Path, *, int8: bool = False, named: bool = False) -> None:
     """The graph, with batch and length left open; `named`: with what the exporter notes on each node."""
     ids, mask = torch.full((2, 6), 1), torch.ones(2, 6, dtype=torch.int64)
@@ -238,7 +166,7 @@ def _write(student: Encoder, path: Path, *, int8: bool = False, named: bool = Fa
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _graph(student, int8=int8),
+            graph(student, int8=int8),
             (ids, mask),
             dynamo=True,
             verbose=False,
