@@ -26,12 +26,8 @@ def device() -> torch.device:
 
     # Left to itself, Accelerate has processes on CPUs join only under ACCELERATE_USE_CPU: else each would run alone, as rank 0.
     on_cpus = "true" in os.environ.get("ACCELERATE_USE_CPU", "").lower() or not torch.accelerator.is_available()
-    here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 0 if on_cpus else torch.accelerator.device_count()
-    if 0 < devices < here:
-        raise ResourceError(
-            f"{here} processes on {devices} device{'s' * (devices > 1)}: start one process a device (--num_processes {devices}), or "
-            "leave the devices alone with ACCELERATE_USE_CPU=true."
-        )
+    if not on_cpus:
+        _refuse_to_share(torch.accelerator.device_count())
     device = PartialState(cpu=on_cpus).device
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size() != launched:
@@ -40,6 +36,16 @@ def device() -> torch.device:
             "did. Call distill.distributed.device() first."
         )
     return device
+
+
+def _refuse_to_share(devices: int) -> None:
+    """ResourceError if a machine's processes are more than its devices. A launcher may show each process one, its own."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > devices and not (devices == 1 and "CUDA_VISIBLE_DEVICES" in os.environ):
+        raise ResourceError(
+            f"{here} processes on {devices} device{'s' * (devices > 1)}: start one process a device, {devices} on each machine, or leave "
+            "the devices alone with ACCELERATE_USE_CPU=true."
+        )
 
 
 def use_all_cores() -> None:

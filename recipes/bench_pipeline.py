@@ -190,7 +190,7 @@ def embedding(given: Given) -> list[Measured]:
         try:
             calls[arm] = ways[arm](given.teacher, some, folder, size)
         except DistillError as error:  # int8 that loses too much, a package that is not there
-            given.left_out[f"{arm}: {error}"] = None
+            given.left_out[f"{arm}: {str(error).partition('; ')[0].rstrip('.')}"] = None
     vectors = {arm: call() for arm, call in calls.items()}  # once before the clock runs
     first = next(iter(vectors.values()))
     differences = {arm: encoding.largest_difference(one, first) for arm, one in vectors.items()}
@@ -287,7 +287,8 @@ def write(recipe: Recipe, found: list[Measured], left_out: list[str]) -> None:
 
 
 def machine() -> str:
-    return measuring.machine("transformers", "sentence-transformers", "tokenlearn", "datasets", "pyarrow")
+    others = ("sentence-transformers", "tokenlearn", "onnxruntime", "openvino", "datasets", "pyarrow")
+    return measuring.machine("transformers", *others)
 
 
 def caption(recipe: Recipe) -> str:

@@ -13,7 +13,10 @@ torch.set_num_threads(1)  # as in the processes that tests start: the last bit o
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No GPU unless it is asked for (-m gpu): the others say the same on every machine, in two processes, too."""
+    """No GPU unless it is asked for: the tests say the same on every machine, in two processes, too.
+
+    With one: -m gpu, what needs it; -m "gpu or not slow", the others on it, too.
+    """
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

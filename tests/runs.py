@@ -1,7 +1,11 @@
 """What tests of embedding and training share, callable in a spawned process: texts, a tiny teacher, small runs."""
 
+import importlib.util
 import random
+import sys
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ from distill.modules import TransformerBackbone
 from distill.store import Store
 from distill.training import Examples, Run, TrainConfig, match, train
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 WORDS = sorted({word.strip(".,?") for sentence in tiny.SENTENCES for word in sentence.split()})
 
 
@@ -85,3 +90,14 @@ def small_run(
 
 def weights(run: Run) -> dict[str, np.ndarray]:
     return {name: value.cpu().numpy() for name, value in run.student.state_dict().items()}
+
+
+@cache
+def recipe_module(name: str) -> ModuleType:
+    """recipes/NAME.py, as a module."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

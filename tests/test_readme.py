@@ -9,17 +9,16 @@ import importlib.util
 import io
 import re
 import shlex
-import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import pytest
+import runs
 
 from distill import cli
 from distill.errors import RecipeError
@@ -144,7 +143,7 @@ def parse_recipe(path: str, flags: Sequence[str]) -> object:
     shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-            return cli._parse(recipe_module(path).Recipe, arguments, "")
+            return cli._parse(runs.recipe_module(Path(path).stem).Recipe, arguments, "")
     except (SystemExit, RecipeError) as error:
         raise ValueError(f"{path} {shlex.join(flags)} is refused: {error} {shown.getvalue()}") from error
 
@@ -154,12 +153,12 @@ def parse_module(name: str, flags: Sequence[str]) -> None:
     found = importlib.util.find_spec(name)
     if found is None:
         raise ValueError(f"python -m {name}: there is no such module")
-    runs = f"{name}.__main__" if found.submodule_search_locations else name
+    program = f"{name}.__main__" if found.submodule_search_locations else name
     shown = io.StringIO()
     parse = mock.patch("argparse.ArgumentParser.parse_args", autospec=True, side_effect=parsed_only)
     try:
         with parse, contextlib.redirect_stderr(shown):
-            importlib.import_module(runs).main(list(flags))
+            importlib.import_module(program).main(list(flags))
     except Parsed:
         return
     except SystemExit as error:
@@ -176,17 +175,6 @@ def parsed_only(parser: object, arguments: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"unrecognized arguments: {unknown}")  # type: ignore[attr-defined]
     raise Parsed
-
-
-@cache
-def recipe_module(path: str) -> ModuleType:
-    name = f"recipe_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(name, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def missing(paths: Sequence[str]) -> None:
@@ -224,7 +212,7 @@ def test_flags_named_in_the_text_exist() -> None:
 def recipe_flags(path: str) -> set[str]:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        cli._parse(recipe_module(path).Recipe, ["--help", "all"], "")
+        cli._parse(runs.recipe_module(Path(path).stem).Recipe, ["--help", "all"], "")
     return set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", shown.getvalue()))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -842,12 +843,28 @@ def test_processes_that_did_not_join_are_refused(monkeypatch: pytest.MonkeyPatch
         distributed.device()
 
 
-def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+@pytest.mark.parametrize(
+    ("processes", "devices", "visible", "refused"),
+    [
+        (2, 2, None, None),
+        (3, 2, None, "3 processes on 2 devices"),
+        (2, 1, None, "2 processes on 1 device:"),
+        (8, 1, "5", None),
+        (8, 4, "0,1,2,3", "8 processes on 4 devices"),
+    ],
+)
+def test_more_processes_than_devices_are_refused(
+    monkeypatch: pytest.MonkeyPatch, processes: int, devices: int, visible: str | None, refused: str | None
+) -> None:
+    distributed.device()
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(ResourceError, match=r"3 processes on 2 devices: .*--num_processes 2.*ACCELERATE_USE_CPU=true"):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with pytest.raises(ResourceError, match=refused) if refused else nullcontext():
         distributed.device()
 
 

@@ -76,7 +76,7 @@ def by_openvino(precision: str, teacher: Encoder, texts: Sequence[str], folder: 
 
 def _exported(name: str, teacher: Encoder, texts: Sequence[str], folder: Path) -> Path:
     folder = folder / Path(name).stem
-    if not folder.exists():
+    if not (folder / onnx.FOLDER).exists():
         onnx.export_onnx(teacher, folder, texts[:32], int8=name == onnx.INT8)
     return folder / onnx.FOLDER / name
 

@@ -1,6 +1,6 @@
 """Other libraries' ways to make a student: the same texts, teacher vectors and wall time, the same start where they take one.
 
-Each runs its own training loop with its own defaults, except for what it is given: batch size, learning rate, and whether in bf16.
+Each runs its own training loop with its own defaults. sentence-transformers' trainer is given batch size, learning rate and precision.
 """
 
 import functools
