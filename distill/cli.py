@@ -14,12 +14,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
 from distill import distributed, manual
+from distill.config import StudentConfig, suited
 from distill.errors import DistillError, RecipeError, ResourceError, Stopped, explained
 from distill.export import this_command
 from distill.recording import record as record
+from distill.training.settings import TrainConfig
 
 Recipe = TypeVar("Recipe")
 WRONG = "\n\nWhat goes wrong is told in one message; --debug adds the traceback."
@@ -107,7 +110,9 @@ def _parse(recipe_type: type[Recipe], arguments: list[str], description: str, de
         with redirect_stderr(shown), redirect_stdout(told):
             # One form of each flag: no --no-resume beside --resume, no {None} in front of each type.
             config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-            start: dict[str, Any] = {} if default is None else {"default": default}
+            start: dict[str, Any] = {"default": default}
+            if default is None:
+                start, arguments = {}, [*_suited(recipe_type, arguments), *arguments]
             return tyro.cli(recipe_type, args=arguments, description=description, config=config, **start)
     except SystemExit as stop:
         if error := _recipe_error(stop):
@@ -116,6 +121,12 @@ def _parse(recipe_type: type[Recipe], arguments: list[str], description: str, de
             print(_readable(shown.getvalue()), end="", file=sys.stderr)
             print(_readable(manual.fitted(told.getvalue(), groups) if groups is not None else told.getvalue()), end="")
         raise
+
+
+def _suited(recipe_type: type[Any], arguments: Sequence[str]) -> list[str]:
+    """What the kind of student brings to the flags of a recipe that trains one."""
+    groups = {field.name: field.type for field in fields(recipe_type)}
+    return suited(arguments) if {"student": StudentConfig, "train": TrainConfig}.items() <= groups.items() else []
 
 
 def _readable(text: str) -> str:

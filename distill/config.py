@@ -1,6 +1,7 @@
 """Groups of flags that recipes share, and what they build."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,9 @@ from distill.evaluation import EvaluationData, task_scores
 from distill.narrow import Space, narrow, require_narrower
 from distill.quantized import TableFormat
 from distill.store import Store, packed, text_keys
+
+# Texts a batch and peak learning rate of the kinds that a recipe's own are not for; chosen on dev sets (recipes/README.md).
+SUITED = {"tiny": (256, 4e-3), "layers": (32, 3e-4), "pretrained": (32, 2e-4)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,8 @@ class StudentConfig:
     """How the student starts."""
 
     kind: Literal["static", "layers", "tiny", "pretrained"] = "static"
-    """A table of token vectors, some of the teacher's layers, a small transformer that starts as such a table, or another model."""
+    """A table of token vectors, some of the teacher's layers, a small transformer that starts as such a table, or another model.
+    All but static bring a --train.batch-size and --train.learning-rate of their own, where none is given."""
     width: int | None = None
     """Of the static table (None: 256, or the teacher's width if that is smaller), or of a tiny student (None: 128)."""
     layers: Literal["auto"] | tuple[int, ...] = ()
@@ -234,6 +239,16 @@ class StudentConfig:
         some, vectors = _spread(texts, teacher, store)
         count = self.depth or 3
         return students.keep_layers(source, "auto", projection=projection, count=count, texts=some, vectors=vectors)
+
+
+def suited(arguments: Sequence[str]) -> list[str]:
+    """Flags of --train that suit the --student.kind among `arguments`, to stand in front of them: one that is given comes last, and counts."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    kinds = [kind for flag, kind in itertools.pairwise(words) if flag == "--student.kind"]
+    if not kinds or kinds[-1] not in SUITED:
+        return []
+    batch_size, rate = SUITED[kinds[-1]]
+    return ["--train.batch-size", str(batch_size), "--train.learning-rate", str(rate)]
 
 
 def describe_start(student: Encoder, teacher: Encoder, store: Store, texts: list[str] | Mapping[str, list[str]]) -> str:

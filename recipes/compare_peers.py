@@ -15,7 +15,7 @@ import torch
 
 from distill import cli, distributed, files, hub
 from distill.benchmark import measuring
-from distill.benchmark.peers import PEERS, PROBE, WARM_UP, Trained, Work, steps_that_fit
+from distill.benchmark.peers import PEERS, Trained, Work, steps_that_fit
 from distill.benchmark.seeds import Averaged, average
 from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
 from distill.data import load_texts
@@ -164,10 +164,12 @@ def ours(recipe: Recipe, seed: int, start: Encoder, teacher: Encoder, store: Sto
         done = train(student, examples, store, recipe.loss.build(teacher.width), some, output=output)
         return Trained(done.student, done.seconds, done.steps)
 
-    run(PROBE, output / "probe")
-    log = (output / "probe" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    step_seconds = fmean(json.loads(line)["seconds"] for line in log[WARM_UP:])
-    return run(steps_that_fit(60 * recipe.minutes, step_seconds), output)
+    def probe(steps: int) -> list[float]:
+        run(steps, output / "probe")
+        log = (output / "probe" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["seconds"] for line in log]
+
+    return run(steps_that_fit(60 * recipe.minutes, probe), output)
 
 
 def scored(trained: Mapping[str, Trained], teacher: Encoder, data: EvaluationData, store: Store) -> Scores:

@@ -1,8 +1,7 @@
 """The plainest distillation, to be read first: each text's student vector is pulled to its teacher vector.
 
-    accelerate launch recipes/match_embeddings.py --data texts.jsonl --output runs/mine
-    accelerate launch recipes/match_embeddings.py --data a.txt.gz b.csv --student.kind layers \\
-        --train.batch-size 32 --train.learning-rate 3e-4
+accelerate launch recipes/match_embeddings.py --data texts.jsonl --output runs/mine
+accelerate launch recipes/match_embeddings.py --data a.txt.gz b.csv --student.kind layers
 """
 
 import copy

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from distill import cli
-from distill.config import StudentConfig, TeacherConfig, describe_start
+from distill.config import SUITED, StudentConfig, TeacherConfig, describe_start
 from distill.docstrings import docstring_pairs
 from distill.embed import embed
 from distill.errors import RecipeError
@@ -59,9 +59,9 @@ class Recipe:
 
     def training(self) -> TrainConfig:
         common = {"steps": self.steps, "seed": self.seed, "resume": self.resume}
-        if self.student == "static":
-            return TrainConfig(epochs=10.0, batch_size=256, learning_rate=2e-3, bank_size=4096, **common)
-        return TrainConfig(epochs=1.0, batch_size=32, learning_rate=3e-4, bank_size=4096, **common)
+        epochs = 10.0 if self.student == "static" else 1.0
+        batch_size, rate = SUITED.get(self.student, (256, 2e-3))
+        return TrainConfig(epochs=epochs, batch_size=batch_size, learning_rate=rate, bank_size=4096, **common)
 
 
 def main(recipe: Recipe) -> None:

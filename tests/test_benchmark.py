@@ -11,7 +11,7 @@ import pytest
 import runs
 import torch
 
-from distill.benchmark import encoding, measuring, reading, stepping
+from distill.benchmark import encoding, measuring, peers, reading, stepping
 from distill.benchmark.arms import ARMS, one_tile, ours, value
 from distill.benchmark.cases import Case
 from distill.benchmark.measuring import Spread
@@ -204,6 +204,20 @@ def test_a_trainer_with_our_batches_learns_what_we_learn(tiny_bert: Path, tmp_pa
 
 
 # Measuring
+
+
+def test_steps_that_fit_are_those_of_a_tenth_of_the_time() -> None:
+    made = []
+
+    def probe(steps: int) -> list[float]:
+        """A step takes 1 s at first, and 4 s once the machine is warm; the first 5 are slower."""
+        made.append(steps)
+        return [9.0] * 5 + [1.0] * 20 + [4.0] * (steps - 25)
+
+    slow = (20 * 1.0 + 375 * 4.0) / 395
+    assert peers.steps_that_fit(4000.0, probe) == int(4000.0 / slow)
+    assert made == [25, 400]
+    assert peers.steps_that_fit(0.1, probe) == 1
 
 
 def test_calls_take_turns() -> None:

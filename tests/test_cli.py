@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from distill import cli, errors
+from distill.config import SUITED, StudentConfig
 from distill.errors import IntegrityError, RecipeError, ResourceError, Stopped
 from distill.training import TrainConfig
 
@@ -89,6 +90,31 @@ def test_flags_become_fields(run: Run) -> None:
     assert "data='b.txt'" in out
     assert "size=7" in out
     assert "epochs=2.0" in out
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfAKind:
+    data: str
+    """The texts."""
+    plan: bool = False
+    student: StudentConfig = field(default_factory=StudentConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-3, bank_size=4))
+
+
+@pytest.mark.parametrize("kind", [*SUITED, "static"])
+@pytest.mark.parametrize("form", ["--student.kind {}", "--student.kind static --student.kind={}"])
+def test_a_kind_of_student_brings_its_rate_unless_one_is_given(kind: str, form: str) -> None:
+    def parsed(*flags: str) -> OfAKind:
+        name = ["--student.name", "some-model"] if kind == "pretrained" else []
+        return cli._parse(OfAKind, [*flags, *form.format(kind).split(), *name, "--data", "a.txt"], "A recipe.")
+
+    batch_size, rate = SUITED.get(kind, (256, 2e-3))
+    alone = parsed().train
+    assert (alone.batch_size, alone.learning_rate, alone.bank_size) == (batch_size, rate, 4)
+    given = parsed("--plan", "--train.learning-rate", "7e-3", "--train.dropout")
+    assert (given.plan, given.train.dropout) == (True, True)
+    assert (given.train.batch_size, given.train.learning_rate) == (batch_size, 7e-3)
+    assert cli.varied(given, "--train.epochs 7").train == dataclasses.replace(given.train, epochs=7.0)
 
 
 def test_help_says_what_it_is_for_and_names_debug(run: Run) -> None:

@@ -7,10 +7,12 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch import Tensor
 from distill import distributed
 from distill.encoder import Encoder
 
-# Steps of a probe, and those of them that are left out: the first ones load what is loaded once.
+# Steps of a first probe, and those of a probe that are left out: the first ones load what is loaded once.
 PROBE, WARM_UP = 25, 5
 
 
@@ -51,8 +53,15 @@ class Trained:
     steps: int | None = None
 
 
-def steps_that_fit(seconds: float, step_seconds: float) -> int:
-    return max(1, int(seconds / step_seconds))
+def steps_that_fit(seconds: float, probe: Callable[[int], Sequence[float]]) -> int:
+    """How many steps take `seconds`; `probe(steps)` makes some and gives the seconds of each.
+
+    Those of a tenth of the time, as many as a first probe says: in 25 alone a processor was up to 16 % faster than over minutes.
+    """
+    steps = PROBE
+    for share in (0.1, 1.0):
+        steps = max(1, int(share * seconds / fmean(probe(max(PROBE, steps))[WARM_UP:])))
+    return steps
 
 
 # sentence-transformers' trainer
@@ -70,8 +79,12 @@ def mse(work: Work) -> Trained:
 
 def _sentence_transformers(work: Work, distance: Literal["cosine", "mse"]) -> Trained:
     """A probe finds the steps that fit, since their schedule is one of steps."""
-    probe, _ = _train_in_trainer(replace(work, output=work.output / "probe"), distance, PROBE)
-    steps = steps_that_fit(work.seconds, (probe[-1] - probe[WARM_UP - 1]) / (len(probe) - WARM_UP))
+
+    def probe(steps: int) -> list[float]:
+        times, _ = _train_in_trainer(replace(work, seconds=math.inf, output=work.output / "probe"), distance, steps)
+        return [0.0, *(after - before for before, after in pairwise(times))]
+
+    steps = steps_that_fit(work.seconds, probe)
     began = time.perf_counter()
     times, model = _train_in_trainer(work, distance, steps)
     seconds = times[-1] - began
