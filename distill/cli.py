@@ -14,8 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from distill import distributed, manual
 from distill.config import StudentConfig, suited
@@ -125,8 +124,8 @@ def _parse(recipe_type: type[Recipe], arguments: list[str], description: str, de
 
 def _suited(recipe_type: type[Any], arguments: Sequence[str]) -> list[str]:
     """What the kind of student brings to the flags of a recipe that trains one."""
-    groups = {field.name: field.type for field in fields(recipe_type)}
-    return suited(arguments) if {"student": StudentConfig, "train": TrainConfig}.items() <= groups.items() else []
+    groups = {"student": StudentConfig, "train": TrainConfig}
+    return suited(arguments) if groups.items() <= get_type_hints(recipe_type).items() else []
 
 
 def _readable(text: str) -> str:

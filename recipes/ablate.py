@@ -1,5 +1,7 @@
 """What a choice is worth: one recipe, and variants of it that differ in a flag or two, on the same texts and dev sets.
 
+A variant keeps what it does not name: "student.kind layers" its batch size and learning rate, too.
+
     accelerate launch recipes/ablate.py --data texts.jsonl --evaluation.sts dev.csv --seeds 0 1 2 \\
         --variants "train.bank-size 1024" "train.ema-decay 0.995, train.schedule constant" "student.projection ridge"
 """

@@ -217,7 +217,8 @@ def test_steps_that_fit_are_those_of_a_tenth_of_the_time() -> None:
     slow = (20 * 1.0 + 375 * 4.0) / 395
     assert peers.steps_that_fit(4000.0, probe) == int(4000.0 / slow)
     assert made == [25, 400]
-    assert peers.steps_that_fit(0.1, probe) == 1
+    assert (peers.steps_that_fit(60.0, probe), peers.steps_that_fit(0.1, probe)) == (60, 1)
+    assert made == [25, 400, 25, 25]
 
 
 def test_calls_take_turns() -> None:

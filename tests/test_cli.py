@@ -117,6 +117,13 @@ def test_a_kind_of_student_brings_its_rate_unless_one_is_given(kind: str, form: 
     assert cli.varied(given, "--train.epochs 7").train == dataclasses.replace(given.train, epochs=7.0)
 
 
+def test_the_help_names_what_a_kind_brings(run: Run) -> None:
+    _, out, _ = run("--help", "student", kind=OfAKind)
+    brought = " ".join(out.split())
+    for kind, (batch_size, rate) in SUITED.items():
+        assert f"{batch_size} and {rate:.0e} for {kind}".replace("e-0", "e-") in brought
+
+
 def test_help_says_what_it_is_for_and_names_debug(run: Run) -> None:
     code, out, err = run("--help")
     assert (code, err) == (0, "")
