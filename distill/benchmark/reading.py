@@ -1,6 +1,7 @@
 """Some of many stored vectors, as a training draws them: from distill's store, and from the formats that others use.
 
-Each way is written from float16 vectors (n, e), and gives a call that reads rows by number as a float32 tensor.
+Each way is written from float16 vectors (n, e), and gives a call that reads rows by number as a float32 tensor; one of
+distill's leaves them in float16, in which they go to a GPU.
 """
 
 import warnings
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.store import GOOD, Rows
+from distill.store import GOOD, Rows, Store
 from distill.store.shards import SHARD_ROWS
 from distill.store.writing import write_store
 
@@ -32,7 +33,15 @@ def draw(rows: int, width: int) -> np.ndarray:
 
 
 def store(vectors: np.ndarray, folder: Path) -> Read:
-    return write_store(folder / "store", {}, vectors.shape[1], _blocks(vectors), rows=len(vectors)).take
+    return _written(vectors, folder / "store").take
+
+
+def store_as_it_is(vectors: np.ndarray, folder: Path) -> Read:
+    return _written(vectors, folder / "store-as-it-is").take_stored
+
+
+def _written(vectors: np.ndarray, folder: Path) -> Store:
+    return write_store(folder, {}, vectors.shape[1], _blocks(vectors), rows=len(vectors))
 
 
 def _blocks(vectors: np.ndarray) -> Iterator[Rows]:
@@ -81,6 +90,7 @@ def datasets(vectors: np.ndarray, folder: Path) -> Read:
 
 WAYS: dict[str, Callable[[np.ndarray, Path], Read]] = {
     OURS: store,
+    "distill, as float16": store_as_it_is,
     "npy memmap": npy,
     "Arrow take": arrow,
     "datasets": datasets,

@@ -208,5 +208,6 @@ STATIC: dict[str, Callable[[Job], Stepped]] = {
     "distill, --train.table-update rows": by_rows,
     "distill": ours,
     "sentence-transformers": trainer,
+    "sentence-transformers, the same batches": trainer_alike,
     "tokenlearn": tokenlearn,
 }
