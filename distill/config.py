@@ -21,7 +21,8 @@ from distill.narrow import Space, narrow, require_narrower
 from distill.quantized import TableFormat
 from distill.store import Store, packed, text_keys
 
-# Texts a batch and peak learning rate of the kinds that a recipe's own, a static table's, are not for; tried on dev sets (recipes/README.md).
+# Texts a batch and peak learning rate of the kinds that a recipe's own, a static table's, are not for: of tiny and pretrained
+# the best of three rates on dev sets, of layers what its tables ran with (recipes/README.md).
 SUITED = {"tiny": (256, 4e-3), "layers": (32, 3e-4), "pretrained": (32, 2e-4)}
 
 
@@ -62,7 +63,7 @@ class StudentConfig:
 
     kind: Literal["static", "layers", "tiny", "pretrained"] = "static"
     """A table of token vectors, some of the teacher's layers, a small transformer that starts as such a table, or another model.
-    Without a --train.batch-size and --train.learning-rate it is 256 and 4e-3 for tiny, 32 and 3e-4 for layers, 32 and 2e-4 for pretrained."""
+    Without a --train.batch-size and --train.learning-rate it is 256 and 4e-3 for tiny, 32 and 3e-4 for layers, 32 and 2e-4 for pretrained (a transformer; a static model wants its own)."""
     width: int | None = None
     """Of the static table (None: 256, or the teacher's width if that is smaller), or of a tiny student (None: 128)."""
     layers: Literal["auto"] | tuple[int, ...] = ()

@@ -130,7 +130,7 @@ def test_a_run_and_the_teacher_say_what_was_padding(
 def planned(text: str) -> dict[str, float]:
     """Bytes and seconds of the lines of a plan."""
     units = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "s": 1.0}
-    lines = re.findall(r"^(?:  )?(\S.*?):? +([\d,.]+) (kB|MB|GB|s)$", text, flags=re.MULTILINE)
+    lines = re.findall(r"^(?:  )?(\S.*?)(?<! min):? +([\d,.]+) (kB|MB|GB|s)$", text, flags=re.MULTILINE)
     found = {name: float(value.replace(",", "")) * units[unit] for name, value, unit in lines}
     minutes = re.findall(r"^  (\S.*?)  +([\d,]+) min (\d+) s$", text, flags=re.MULTILINE)
     return found | {name: 60 * float(whole.replace(",", "")) + int(rest) for name, whole, rest in minutes}
