@@ -62,8 +62,8 @@ class StudentConfig:
     """How the student starts."""
 
     kind: Literal["static", "layers", "tiny", "pretrained"] = "static"
-    """A table of token vectors, some of the teacher's layers, a small transformer that starts as such a table, or another model.
-    Without a --train.batch-size and --train.learning-rate it is 256 and 4e-3 for tiny, 32 and 3e-4 for layers, 32 and 2e-4 for pretrained (a transformer; a static model wants its own)."""
+    """A table of token vectors, some of the teacher's layers, a small transformer on such a table, or another model.
+    Batch and rate, unless given: 256 and 4e-3 for tiny, 32 and 3e-4 for layers, 32 and 2e-4 for pretrained."""
     width: int | None = None
     """Of the static table (None: 256, or the teacher's width if that is smaller), or of a tiny student (None: 128)."""
     layers: Literal["auto"] | tuple[int, ...] = ()
