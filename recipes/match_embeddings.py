@@ -1,7 +1,10 @@
 """The plainest distillation, to be read first: each text's student vector is pulled to its teacher vector.
 
-accelerate launch recipes/match_embeddings.py --data texts.jsonl --output runs/mine
-accelerate launch recipes/match_embeddings.py --data a.txt.gz b.csv --student.kind layers
+    accelerate launch recipes/match_embeddings.py --data texts.jsonl --output runs/mine
+
+Some of the teacher's layers, in place of a table of token vectors:
+
+    accelerate launch recipes/match_embeddings.py --data a.txt.gz b.csv --student.kind layers
 """
 
 import copy
