@@ -79,10 +79,17 @@ def _run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: l
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises Stopped, wherever it comes; the training loop has its own handler, which finishes the step first."""
+    """SIGTERM raises Stopped, wherever it comes; the training loop has its own handler, which finishes the step first.
+
+    So does any error that follows: a library that is interrupted may make another of it.
+    """
+    stopped = Stopped("terminated; what was saved stays", 128 + signal.SIGTERM)
+    came = False
 
     def stop(*_: object) -> None:
-        raise Stopped("terminated; what was saved stays", 128 + signal.SIGTERM)
+        nonlocal came
+        came = True
+        raise stopped
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
@@ -91,6 +98,10 @@ def _terminable() -> Iterator[None]:
         return
     try:
         yield
+    except Exception as error:
+        if came and error is not stopped:
+            raise stopped from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

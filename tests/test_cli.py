@@ -226,6 +226,24 @@ def test_a_termination_outside_of_the_training_is_a_stop_too(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    "error", [SystemError("returned a result with an exception set"), RuntimeError("gloo"), ValueError()]
+)
+def test_an_error_that_a_library_makes_of_sigterm_is_the_signal(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(recipe: Recipe) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stopped:
+            raise error from None
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main, Recipe, [])
+    assert exit_.value.code == 143
+    assert "terminated; what was saved stays" in capsys.readouterr().err
+
+
 # What is recorded
 
 

@@ -6,7 +6,9 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -171,6 +173,9 @@ def _live(act: Callable[[], Any], rank: int, world: int, meeting: Path, folder: 
             act()
 
         code = cli._run(main, Nothing, [], False)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 
