@@ -15,8 +15,11 @@ from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from distill import similarity, unpadded
+from distill import similarity
 from distill.quantized import TableFormat
+from distill.unpadded.attention import end_to_end
+from distill.unpadded.linear import skipping
+from distill.unpadded.places import Places
 
 PoolingMode = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
 
@@ -88,9 +91,9 @@ class Reading:
 class TransformerBackbone(nn.Module):
     """A Hugging Face encoder and a pooling: tokens -> (b, d).
 
-    Texts are run in groups of similar length, and linear layers skip the padding that is left (unless the model is
-    compiled), so that a batch drawn at random costs little more than its tokens; the vectors come back in the order of the
-    batch. Padding stands on the right whatever the tokenizer prefers: absolute positions then start at the text, and a
+    Texts are run in groups of similar length, without the padding that is left (`unpadded`; a model that is compiled has
+    it), so that a batch drawn at random costs little more than its tokens; the vectors come back in the order of the batch.
+    Padding stands on the right whatever the tokenizer prefers: absolute positions then start at the text, and a
     vector does not depend on the texts beside it. A text without tokens gives the zero vector.
     """
 
@@ -128,19 +131,25 @@ class TransformerBackbone(nn.Module):
         return pooled[torch.argsort(order).to(device)]
 
     def _group(self, tokens: Tokens, device: torch.device) -> Float[Tensor, "k d"]:
-        lengths = rearrange(tokens.lengths, "b -> b 1")
-        empty = lengths == 0
-        longest = max(1, int(lengths.max()))
-        self._reading += Reading(len(tokens.ids), len(tokens) * longest)
-        # A text without tokens is run on padding that it sees, so that nothing becomes NaN, and set to zero below.
-        mask = (torch.arange(longest) < lengths) | empty
+        # A text without tokens is run on a pad token that it sees, so that nothing becomes NaN, and set to zero below.
+        lengths = tokens.lengths.clamp(min=1)
+        mask = torch.arange(int(lengths.max())) < rearrange(lengths, "b -> b 1")
+        empty = rearrange(tokens.lengths == 0, "b -> b 1")
         ids = torch.full(mask.shape, self.pad_id)
         ids[mask & ~empty] = tokens.ids.long()
-        skipping = nullcontext() if self.model._compiled_call_impl else unpadded.skipping(mask, device)
-        mask = mask.to(device)
-        with skipping:
-            hidden = self.model(input_ids=ids.to(device), attention_mask=mask.long())[0]
-        return self.pooling(hidden, mask).masked_fill(empty.to(device), 0.0)
+        texts = end_to_end(self.model, lengths, device, pad_id=self.pad_id)
+        if texts is not None:
+            hidden = Places(mask, device).put_back(texts.run(ids[mask]))
+        else:
+            hidden = self._rectangle(ids, mask, device)
+        self._reading += Reading(len(tokens.ids), mask.numel() if texts is None else len(texts))
+        return self.pooling(hidden, mask.to(device)).masked_fill(empty.to(device), 0.0)
+
+    def _rectangle(
+        self, ids: Int[Tensor, "k l"], mask: Bool[Tensor, "k l"], device: torch.device
+    ) -> Float[Tensor, "k l d"]:
+        with nullcontext() if self.model._compiled_call_impl else skipping(mask, device):
+            return self.model(input_ids=ids.to(device), attention_mask=mask.to(device).long())[0]
 
 
 class StaticTable(nn.Module):

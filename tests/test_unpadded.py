@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from distill import unpadded
 from distill.encoder import Encoder
 from distill.modules import Tokens
 from distill.training import TrainConfig, execution
+from distill.unpadded import linear
 
 CPU = torch.device("cpu")
 KINDS = (tiny.bert, tiny.mpnet, tiny.qwen, tiny.distilbert, tiny.albert, tiny.t5)
@@ -57,13 +57,13 @@ def test_vectors_and_gradients_are_those_with_padding(
     encoder = Encoder.from_pretrained(kind(tmp_path / "model"), max_length=64).double().train(dropout)
     tokens = of_lengths(encoder, [1, 9, 3, 0, 2, 5])
     vectors, gradients, skipped = run(encoder, tokens)
-    monkeypatch.setattr(unpadded, "FULL", -1)
+    monkeypatch.setattr(linear, "FULL", -1)
     plain_vectors, plain_gradients, padded = run(encoder, tokens)
     torch.testing.assert_close(vectors, plain_vectors, rtol=1e-9, atol=1e-10)
     assert gradients.keys() == plain_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, plain_gradients[name], rtol=1e-7, atol=1e-9, msg=name)
-    places = 1 + 9 + 3 + 9 + 2 + 5  # the text without tokens is run on padding that it sees
+    places = 1 + 9 + 3 + 1 + 2 + 5  # the text without tokens is run on a pad token that it sees
     assert (6, 9) in padded
     assert (6, 9) not in skipped
     assert skipped.count((places,)) == padded.count((6, 9))
@@ -85,7 +85,7 @@ def test_an_input_of_query_key_and_value_is_gathered_and_kept_once() -> None:
         kept[tensor.data_ptr()] = kept.get(tensor.data_ptr(), 0) + 1
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), unpadded.skipping(mask, CPU):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), linear.skipping(mask, CPU):
         outputs = [F.linear(hidden, weight) for weight in weights]
     assert 3 in kept.values()
     for output, weight in zip(outputs, weights, strict=True):
@@ -96,7 +96,7 @@ def test_an_input_of_query_key_and_value_is_gathered_and_kept_once() -> None:
 def test_an_input_that_was_changed_in_place_is_gathered_again() -> None:
     hidden, weight = torch.ones(3, 4, 2), torch.eye(2)
     mask = torch.arange(4) < torch.tensor([[1], [4], [2]])
-    with unpadded.skipping(mask, CPU):
+    with linear.skipping(mask, CPU):
         first = F.linear(hidden, weight)
         hidden *= 2
         second = F.linear(hidden, weight)
@@ -107,7 +107,7 @@ def test_embedding_without_gradients_skips_too(tiny_bert: Path, monkeypatch: pyt
     encoder = Encoder.from_pretrained(tiny_bert)
     with Products() as products:
         vectors = encoder.encode(runs.texts(12))
-    monkeypatch.setattr(unpadded, "FULL", -1)
+    monkeypatch.setattr(linear, "FULL", -1)
     torch.testing.assert_close(vectors, encoder.encode(runs.texts(12)))
     assert any(len(shape) == 1 for shape in products.rows)
 
@@ -128,5 +128,5 @@ def test_sixteen_bits_stay_sixteen_bits(tiny_bert: Path, monkeypatch: pytest.Mon
     encoder.compute_dtype = "bfloat16"
     tokens = of_lengths(encoder, [1, 9, 3, 2])
     skipped = encoder.compute(tokens)
-    monkeypatch.setattr(unpadded, "FULL", -1)
+    monkeypatch.setattr(linear, "FULL", -1)
     torch.testing.assert_close(skipped, encoder.compute(tokens), rtol=0, atol=2e-2)

@@ -19,6 +19,8 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    ModernBertConfig,
+    ModernBertModel,
     MPNetConfig,
     MPNetModel,
     PreTrainedConfig,
@@ -26,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Model,
+    RobertaConfig,
+    RobertaModel,
 )
 
 WIDTH = 32
@@ -65,6 +69,28 @@ def mpnet(folder: Path, *, layers: int = LAYERS, **options: Any) -> Path:
         **_sizes(tokenizer, layers), intermediate_size=2 * WIDTH, max_position_embeddings=MAX_LENGTH + 2
     )
     return save(folder, _random(MPNetModel, config), tokenizer, **options)
+
+
+def roberta(folder: Path, *, layers: int = 4, **options: Any) -> Path:
+    """The one whose positions begin behind that of the padding."""
+    tokenizer = wordpiece("<s>", "</s>")
+    config = RobertaConfig(
+        **_sizes(tokenizer, layers), intermediate_size=2 * WIDTH, max_position_embeddings=MAX_LENGTH + 2
+    )
+    return save(folder, _random(RobertaModel, config), tokenizer, **options)
+
+
+def modernbert(folder: Path, *, layers: int = 4, **options: Any) -> Path:
+    """Rotary positions, and layers that see the nearest tokens alone."""
+    tokenizer = wordpiece()
+    config = ModernBertConfig(
+        **_sizes(tokenizer, layers),
+        intermediate_size=2 * WIDTH,
+        max_position_embeddings=MAX_LENGTH,
+        local_attention=8,
+        reference_compile=False,
+    )
+    return save(folder, _random(ModernBertModel, config), tokenizer, **options)
 
 
 def qwen(folder: Path, *, layers: int = 4, padding_side: str = "right", **options: Any) -> Path:

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distill import unpadded
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.modules import TransformerBackbone
 from distill.students.blocks import layer_list, transformer_of
 from distill.training.settings import TrainConfig
+from distill.unpadded.places import as_here
 
 
 @contextmanager
@@ -68,9 +68,7 @@ def recomputed(student: Encoder, *, keep_random: bool) -> Iterator[None]:
 def _checkpointed(forward: Callable[..., Any], keep_random: bool, *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
-    return checkpoint(
-        unpadded.as_here(forward), *inputs, use_reentrant=False, preserve_rng_state=keep_random, **options
-    )
+    return checkpoint(as_here(forward), *inputs, use_reentrant=False, preserve_rng_state=keep_random, **options)
 
 
 def layers(student: Encoder) -> nn.ModuleList:
