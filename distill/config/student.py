@@ -1,60 +1,27 @@
-"""Groups of flags that recipes share, and what they build."""
+"""The flags --student.*, and the student they build."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distill import distributed, hub, students
-from distill.data import load_labelled, load_pairs, load_retrieval
+from distill import distributed, students
+from distill.config.bounds import at_least
+from distill.config.teacher import fetch
 from distill.embed import embed, embed_vocabulary
 from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.evaluation import EvaluationData, task_scores
 from distill.narrow import Space, narrow, require_narrower
 from distill.quantized import TableFormat
-from distill.store import Store, packed, text_keys
+from distill.store import Store
 
 # Texts a batch and peak learning rate of the kinds that a recipe's own, a static table's, are not for: of tiny and pretrained
 # the best of three rates on dev sets, of layers what its tables ran with (recipes/README.md).
 SUITED = {"tiny": (256, 4e-3), "layers": (32, 3e-4), "pretrained": (32, 2e-4)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The model whose vector space the student is to live in."""
-
-    name: str = "sentence-transformers/all-mpnet-base-v2"
-    """A local folder, a name on the Hub, or an installed weight package."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub; None: the one pinned on first use."""
-    max_length: int | None = 128
-    """Tokens a text is cut at; the model's own limit where that is lower."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the teacher's forward pass."""
-
-    def __post_init__(self) -> None:
-        at_least(1, "--teacher.max-length", self.max_length)
-
-    def load(self, *, on_device: bool = True) -> Encoder:
-        """The teacher on this process's device, or on the CPU; the main process fetches it first."""
-        distributed.main_first(partial(_fetch, self.name, self.revision))
-        teacher = Encoder.from_pretrained(self.name, revision=self.revision, compute_dtype=self.compute_dtype)
-        teacher.max_length = min(teacher.max_length, self.max_length or teacher.max_length)
-        if teacher.max_length <= teacher.special_token_count:
-            least = teacher.special_token_count + 1
-            raise RecipeError(f"--teacher.max-length is {least} or more for {self.name}, got {self.max_length}.")
-        return teacher.to(distributed.device()) if on_device else teacher
-
-
-def _fetch(name: str, revision: str | None) -> None:
-    hub.resolve_model(name, revision=revision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +188,7 @@ class StudentConfig:
         """The model that the student is a part of, or starts as: the teacher, a student of an earlier run, or another model."""
         if self.name is None:
             return teacher
-        distributed.main_first(partial(_fetch, self.name, None))
+        distributed.main_first(partial(fetch, self.name, None))
         source = Encoder.from_pretrained(self.name).to(teacher.device)
         width = self.space or teacher.width
         if self.kind == "layers" and source.width != width:
@@ -270,76 +237,3 @@ def _spread(
     }
     vectors = torch.cat([store.vectors(part, prompt=teacher.prompt(role or None)) for role, part in some.items()])
     return some if isinstance(texts, Mapping) else some[""], vectors
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Labelled data to score on; fidelity to the teacher needs none of it."""
-
-    sts: tuple[str, ...] = ()
-    """Files or Hub names of sentence pairs with scores (sentence1, sentence2, score)."""
-    corpus: str | None = None
-    """Documents of a retrieval task: JSONL with id and text."""
-    queries: str | None = None
-    """Its queries: JSONL with id and text."""
-    qrels: str | None = None
-    """Its judgements: TREC or BEIR qrels."""
-    classify_train: str | None = None
-    """Labelled texts that give each class its direction."""
-    classify_test: str | None = None
-    """Labelled texts to classify."""
-    precisions: tuple[Literal["int8", "uint8", "binary", "ubinary"], ...] = ()
-    """Of stored vectors, measured beside float32: what is left of neighbours and rankings."""
-
-    def __post_init__(self) -> None:
-        for names in (("corpus", "queries", "qrels"), ("classify_train", "classify_test")):
-            given = [getattr(self, name) is not None for name in names]
-            if any(given) and not all(given):
-                flags = ", ".join("--evaluation." + name.replace("_", "-") for name in names)
-                raise RecipeError(f"{flags} belong together; give all or none.")
-        if len({_stem(name) for name in self.sts}) < len(self.sts):
-            raise RecipeError("two files of --evaluation.sts have one name before the first dot; rename one.")
-
-    def tasks(self) -> list[str]:
-        """The names of the scores with labels, before anything is read."""
-        return task_scores(
-            pairs=[_stem(name) for name in self.sts],
-            retrieval=[_stem(self.corpus)] if self.corpus else [],
-            labelled=[_stem(self.classify_test)] if self.classify_test else [],
-        )
-
-    def load(self, texts: list[str], *, role: str | None = None) -> EvaluationData:
-        """The data, with `texts` for fidelity. Read before the training: a mistake in a file shows at once."""
-        pairs = {_stem(name): load_pairs(name) for name in self.sts}
-        retrieval = {}
-        if self.corpus and self.queries and self.qrels:
-            retrieval[_stem(self.corpus)] = load_retrieval(self.corpus, self.queries, self.qrels)
-        labelled = {}
-        if self.classify_train and self.classify_test:
-            labelled[_stem(self.classify_test)] = load_labelled(self.classify_train, self.classify_test)
-        return EvaluationData(
-            texts=texts, role=role, pairs=pairs, retrieval=retrieval, labelled=labelled, precisions=self.precisions
-        )
-
-
-def hold_out(texts: list[str], count: int | None) -> tuple[list[str], list[str]]:
-    """Training texts and `count` held-out ones, chosen by the texts themselves: the order of files does not matter.
-
-    None holds out a tenth, 500 at most.
-    """
-    count = min(500, len(texts) // 10) if count is None else count
-    if len(texts) - count < 2:
-        raise RecipeError(f"--held-out {count} of {len(texts):,} texts leaves fewer than 2 to train on.")
-    order = np.argsort(packed(text_keys(texts)), kind="stable")
-    held = set(order[:count].tolist())
-    return [text for number, text in enumerate(texts) if number not in held], [texts[number] for number in sorted(held)]
-
-
-def at_least(minimum: int, flag: str, value: int | None) -> None:
-    """RecipeError if a number is given and too small."""
-    if value is not None and value < minimum:
-        raise RecipeError(f"{flag} is {minimum} or more, got {value}.")
-
-
-def _stem(name: str) -> str:
-    return Path(name).name.split(".")[0]

@@ -1,0 +1,17 @@
+"""Groups of flags that recipes share, and what they build."""
+
+from distill.config.bounds import at_least
+from distill.config.evaluation import EvaluationConfig, hold_out
+from distill.config.student import SUITED, StudentConfig, describe_start, suited
+from distill.config.teacher import TeacherConfig
+
+__all__ = [
+    "SUITED",
+    "EvaluationConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "at_least",
+    "describe_start",
+    "hold_out",
+    "suited",
+]
