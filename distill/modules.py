@@ -137,12 +137,9 @@ class TransformerBackbone(nn.Module):
         empty = rearrange(tokens.lengths == 0, "b -> b 1")
         ids = torch.full(mask.shape, self.pad_id)
         ids[mask & ~empty] = tokens.ids.long()
-        texts = end_to_end(self.model, lengths, device, pad_id=self.pad_id)
-        if texts is not None:
-            hidden = Places(mask, device).put_back(texts.run(ids[mask]))
-        else:
-            hidden = self._rectangle(ids, mask, device)
+        texts = end_to_end(self.model, ids[mask], lengths, device, pad_id=self.pad_id)
         self._reading += Reading(len(tokens.ids), mask.numel() if texts is None else len(texts))
+        hidden = self._rectangle(ids, mask, device) if texts is None else Places(mask, device).put_back(texts.run())
         return self.pooling(hidden, mask.to(device)).masked_fill(empty.to(device), 0.0)
 
     def _rectangle(

@@ -5,7 +5,10 @@ lengths in one call. Positions begin again with every text, which the model is t
 """
 
 import inspect
+import logging
 from collections.abc import Callable
+from functools import cache, partial
+from threading import RLock
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -16,62 +19,74 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from distill.unpadded.places import entered, here
+from distill.unpadded.places import current, entered
 
+log = logging.getLogger(__name__)
 NAME = "distill_texts"
-TRIED = (2, 1, 160)  # tokens of the texts that a model is tried on; 160: more than the windows of most local layers
-NOT_SO = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)  # what a model or a kernel says no with
-TOLERANCE = 1e-3  # relative; a wrong position, or a look at another text, is far above
-
+# Relative, of a model that is tried: a wrong position, or a look at another text, is far above.
+TOLERANCE = 1e-3
+# What a model says no with, or a kernel.
+REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 Kernel = Callable[..., Float[Tensor, "t h d"]]  # called as text_by_text is
 
 
 class Texts:
-    """Texts end to end: which token is whose, and how a model is run on them. Inside `with`, its attention stays within a text."""
+    """Texts end to end: which token is whose, and how a model is run on them. Inside `with`, its attention stays within a text.
+
+    `lengths`, each 1 or more, and `ids` are on the CPU. `first_position` is the number of a text's first position; behind
+    `pad_id`, as RoBERTa counts, a pad token within a text has the number of the padding.
+    """
 
     def __init__(
-        self, model: Any, lengths: Int[Tensor, " b"], device: torch.device, *, kernel: Kernel, first_position: int = 0
+        self,
+        model: Any,
+        ids: Int[Tensor, " t"],
+        lengths: Int[Tensor, " b"],
+        device: torch.device,
+        *,
+        kernel: Kernel,
+        first_position: int = 0,
     ):
-        """`lengths`, each 1 or more, are on the CPU; `first_position` is the number of a text's first position."""
-        lengths = lengths.long()
-        inside = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        self.model, self.kernel, self.lengths = model, kernel, lengths.tolist()
-        self.positions = rearrange(inside + first_position, "t -> 1 t").to(device)
-        self.edges = F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+        self.model, self.kernel, self.lengths, self.longest = model, kernel, lengths.tolist(), int(lengths.max())
+        edges = F.pad(lengths.long().cumsum(0), (1, 0))
+        counted = ids != first_position - 1
+        running = F.pad(counted.long().cumsum(0), (1, 0))
+        inside = running[1:] - torch.repeat_interleave(running[edges[:-1]], lengths.long())
+        self.positions = (inside * counted + first_position - 1).to(device)
+        self.edges, self.ids = edges.int().to(device), ids.to(device)
+        self._before: list[str] = []
 
-    def run(self, ids: Int[Tensor, " t"]) -> Float[Tensor, "t d"]:
+    def run(self) -> Float[Tensor, "t d"]:
         """What the model says of each token: values and gradients are those with padding, to rounding."""
+        row, positions = rearrange(self.ids, "t -> 1 t"), rearrange(self.positions, "t -> 1 t")
         with entered(self):
-            row = rearrange(ids, "t -> 1 t").to(self.positions.device)
-            return rearrange(self.model(input_ids=row, position_ids=self.positions)[0], "1 t d -> t d")
+            return rearrange(self.model(input_ids=row, position_ids=positions)[0], "1 t d -> t d")
 
     def __len__(self) -> int:
         """Tokens."""
-        return self.positions.shape[1]
+        return len(self.ids)
 
     def __enter__(self) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register(NAME, _attention)
-        # All that a layer asks; the public setter walks through every module, which is too much for every batch.
-        self._before, self.model.config._attn_implementation = self.model.config._attn_implementation, NAME
+        _one_thread.acquire()
+        self._before.append(self.model.config._attn_implementation)
+        # What every layer asks; the public setter walks through all modules, which is too much for every batch.
+        self.model.config._attn_implementation = NAME
 
     def __exit__(self, *_: object) -> None:
-        self.model.config._attn_implementation = self._before
+        self.model.config._attn_implementation = self._before.pop()
+        _one_thread.release()
 
 
-def end_to_end(model: Any, lengths: Int[Tensor, " b"], device: torch.device, *, pad_id: int) -> Texts | None:
-    """Texts of these lengths, for `run`, if it can be used: on CUDA under 16-bit autocast, without dropout, with a model that allows it.
+def end_to_end(
+    model: Any, ids: Int[Tensor, " t"], lengths: Int[Tensor, " b"], device: torch.device, *, pad_id: int
+) -> Texts | None:
+    """Texts to `run`, if that can be: on CUDA under 16-bit autocast, without dropout, not compiled, by a model that allows it.
 
-    The model is asked once, by trial: a few tokens end to end have to give what they give with padding.
+    The model is asked once, by trial: some tokens end to end have to give what they give with padding.
     """
     kernel = kernel_for(device)
     if kernel is None or model.training or getattr(model, "_compiled_call_impl", None):
@@ -79,20 +94,24 @@ def end_to_end(model: Any, lengths: Int[Tensor, " b"], device: torch.device, *, 
     if model not in _first_positions:
         _first_positions[model] = _first_position(model, device, kernel, pad_id)
     first = _first_positions[model]
-    return None if first is None else Texts(model, lengths, device, kernel=kernel, first_position=first)
+    return None if first is None else Texts(model, ids, lengths, device, kernel=kernel, first_position=first)
 
 
 def kernel_for(device: torch.device) -> Kernel | None:
     """What computes attention over texts end to end; None where nothing does it fast."""
-    if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+    if device.type != "cuda" or not torch.is_autocast_enabled("cuda") or "window_size" not in _varlen_options():
         return None
-    if torch.cuda.get_device_capability(device) < (8, 0):  # flash attention asks for it
-        return None
+    return flash if torch.cuda.get_device_capability(device) >= (8, 0) else None  # flash attention asks for it
+
+
+@cache
+def _varlen_options() -> frozenset[str]:
+    """What torch's own takes; nothing where there is none, before 2.10."""
     try:
         from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10
-        return None
-    return flash if "window_size" in inspect.signature(varlen_attn).parameters else None
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def flash(
@@ -101,26 +120,48 @@ def flash(
     from torch.nn.attention.varlen import varlen_attn
 
     dtype = torch.get_autocast_dtype(query.device.type)  # to which autocast does not bring a custom operator's inputs
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    longest, back = max(texts.lengths), -1 if reach is None else reach
-    window = (back, 0 if causal else back)
-    output = varlen_attn(query, key, value, texts.edges, texts.edges, longest, longest, scale=scale, window_size=window)
+    options: dict[str, Any] = {}
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in _varlen_options():
+            options["enable_gqa"] = True
+        else:
+            key, value = (repeat(part, "t k d -> t (k groups) d", groups=groups) for part in (key, value))
+    back = -1 if reach is None else reach
+    output = varlen_attn(
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        texts.edges,
+        texts.edges,
+        texts.longest,
+        texts.longest,
+        scale=scale,
+        window_size=(back, 0 if causal else back),
+        **options,
+    )
     return cast(Tensor, output)
 
 
 def text_by_text(
-    query: Tensor, key: Tensor, value: Tensor, texts: Texts, *, scale: float | None, causal: bool, reach: int | None
-) -> Tensor:
+    query: Float[Tensor, "t h d"],
+    key: Float[Tensor, "t k d"],
+    value: Float[Tensor, "t k d"],
+    texts: Texts,
+    *,
+    scale: float | None,
+    causal: bool,
+    reach: int | None,
+) -> Float[Tensor, "t h d"]:
     """Attention within each text: a token sees `reach` tokens before it and, unless `causal`, behind it; None: its whole text.
 
     As `flash`, in any type on any device, slowly: what a model is tried with, and what tests run.
     """
-    heads = rearrange([query, key, value], "n t h d -> t n h d").split(texts.lengths)
     outputs = []
-    for text in heads:
-        q, k, v = rearrange(text, "t n h d -> n h t d")
-        mask = _seen(len(text), causal, reach).to(query.device)
-        outputs.append(rearrange(F.scaled_dot_product_attention(q, k, v, mask, scale=scale), "h t d -> t h d"))
+    for parts in zip(*(part.split(texts.lengths) for part in (query, key, value)), strict=True):
+        q, k, v = (rearrange(part, "t h d -> 1 h t d") for part in parts)
+        mask = _seen(q.shape[2], causal, reach).to(query.device)
+        output = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+        outputs.append(rearrange(output, "1 h t d -> t h d"))
     return torch.cat(outputs)
 
 
@@ -134,68 +175,101 @@ def _attention(
     query: Float[Tensor, "1 h t d"],
     key: Float[Tensor, "1 k t d"],
     value: Float[Tensor, "1 k t d"],
-    attention_mask: None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "1 t h d"], None]:
     """What transformers calls in place of a model's own attention."""
-    texts = here()
+    texts = current()
+    if not isinstance(texts, Texts):
+        raise ValueError(
+            f"the attention {NAME} is for distill's own calls; choose another with set_attn_implementation."
+        )
+    if attention_mask is not None:
+        raise ValueError("texts end to end have no attention mask: each is seen by itself.")
     foreign = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
-    if not isinstance(texts, Texts) or attention_mask is not None or foreign:
-        raise ValueError(f"attention over texts end to end has no mask of its own, and no {', '.join(foreign)}.")
-    groups = query.shape[1] // key.shape[1]
-    keys, values = (repeat(part, "1 k t d -> t (k groups) d", groups=groups) for part in (key, value))
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if foreign:
+        raise ValueError(f"attention over texts end to end has no {', '.join(foreign)}.")
     output = texts.kernel(
-        rearrange(query, "1 h t d -> t h d"),
-        keys,
-        values,
+        *(rearrange(part, "1 h t d -> t h d") for part in (query, key, value)),
         texts,
         scale=scaling,
-        causal=causal,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         reach=None if sliding_window is None else sliding_window - 1,
     )
     return rearrange(output, "t h d -> 1 t h d"), None
 
 
+_one_thread = RLock()  # a model has one config: while its attention is replaced, other threads wait
 _first_positions: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 def _first_position(model: Any, device: torch.device, kernel: Kernel, pad_id: int) -> int | None:
     """The number of a text's first position; None if the model gives something else for texts end to end, or cannot be run so."""
+    config = model.config
     supported = getattr(model, "_supports_attention_backend", False)
     if not supported or "position_ids" not in inspect.signature(model.forward).parameters:
         return None
-    room = getattr(model.config, "max_position_embeddings", None) or max(TRIED)
-    for first in (0, pad_id + 1):  # from 0 on; behind the padding's, as RoBERTa counts
+    if getattr(config, "sub_configs", None) or getattr(config, "attention_chunk_size", None):
+        return None  # parts with attention of their own; attention by chunks, which are longer than what is tried
+    padding = getattr(config, "pad_token_id", None)
+    padding = pad_id if padding is None else padding
+    for first in (0, padding + 1):  # from 0 on; behind the padding's, as RoBERTa counts
         try:
-            if first < room and _deviation(model, device, kernel, pad_id, first, room) < TOLERANCE:
+            if _the_same(model, device, kernel, padding, first):
                 return first
-        except NOT_SO:
-            continue
+        except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):
+            raise  # no word on the model
+        except REFUSALS as refusal:
+            log.info("%s, positions from %d: %r", type(model).__name__, first, refusal)
+    log.info("%s keeps the padding of its texts", type(model).__name__)
     return None
 
 
 @torch.no_grad()
-def _deviation(model: Any, device: torch.device, kernel: Kernel, pad_id: int, first: int, room: int) -> float:
-    """Of what the model says for texts end to end from what it says with padding, relative, in the weights' own type."""
-    lengths = torch.tensor(TRIED).clamp(max=room - first)
-    ids = torch.arange(int(lengths.sum())) * 7 % model.config.vocab_size
-    ids[ids == pad_id] = (pad_id + 1) % model.config.vocab_size
+def _the_same(model: Any, device: torch.device, kernel: Kernel, padding: int, first: int) -> bool:
+    """Whether some texts end to end give what they give with padding: exactly in the weights' own type, by the kernel as nearly as 16 bits do."""
+    ids, lengths = _some_texts(model.config, padding)
+
+    def together(attention: Kernel) -> Float[Tensor, "t d"]:
+        return Texts(model, ids, lengths, device, kernel=attention, first_position=first).run().float()
+
     with torch.autocast(device.type, enabled=False):
-        padded = _padded(model, ids, lengths, device, pad_id)
-        found = Texts(model, lengths, device, kernel=text_by_text, first_position=first).run(ids)
-    Texts(model, lengths, device, kernel=kernel, first_position=first).run(
-        ids
-    )  # which may not take heads of this width
-    return float((found - padded).norm() / padded.norm())
+        exact = _with_padding(model, ids, lengths, device, padding)
+        if (together(text_by_text) - exact).norm() > TOLERANCE * exact.norm():
+            return False
+    rounded = _with_padding(model, ids, lengths, device, padding)
+    found = together(partial(_with_backward, kernel))
+    torch.clear_autocast_cache()  # of weights cast without gradients, which older versions of torch use again
+    return bool((found - exact).norm() <= 2 * (rounded - exact).norm() + TOLERANCE * exact.norm())
 
 
-def _padded(
-    model: Any, ids: Int[Tensor, " t"], lengths: Int[Tensor, " b"], device: torch.device, pad_id: int
+def _some_texts(config: Any, padding: int) -> tuple[Int[Tensor, " t"], Int[Tensor, " b"]]:
+    """Texts of few and of many tokens, one of them a pad token: longer than most windows, more in all than most tables of positions have."""
+    room = getattr(config, "max_position_embeddings", None) or 10**9
+    free = room - padding - 1 if padding + 1 < room else room  # for a model that counts from behind the padding
+    window = getattr(config, "sliding_window", None) or 0
+    longest = min(free, max(160, window + 2 if window < 1000 else 0))
+    lengths = [2, 1, *[longest] * (1 + min(room, 1000) // longest)]
+    ids = torch.arange(sum(lengths)) * 7 % config.vocab_size
+    ids[ids == padding] = (padding + 1) % config.vocab_size
+    ids[4] = padding
+    return ids, torch.tensor(lengths)
+
+
+def _with_backward(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, texts: Texts, **options: Any) -> Tensor:
+    """`kernel`, which is to fail here if it can give no gradient."""
+    with torch.enable_grad():
+        parts = [part.detach().clone().requires_grad_() for part in (query, key, value)]
+        kernel(*parts, texts, **options).float().sum().backward()
+    return kernel(query, key, value, texts, **options)
+
+
+def _with_padding(
+    model: Any, ids: Int[Tensor, " t"], lengths: Int[Tensor, " b"], device: torch.device, padding: int
 ) -> Float[Tensor, "t d"]:
-    rows = pad_sequence(list(ids.split(lengths.tolist())), batch_first=True, padding_value=pad_id)
+    rows = pad_sequence(list(ids.split(lengths.tolist())), batch_first=True, padding_value=padding)
     mask = (torch.arange(rows.shape[1]) < rearrange(lengths, "b -> b 1")).to(device)
-    return model(input_ids=rows.to(device), attention_mask=mask.long())[0][mask]
+    return model(input_ids=rows.to(device), attention_mask=mask.long())[0][mask].float()

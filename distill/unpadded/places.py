@@ -60,14 +60,14 @@ def as_here(function: Callable[..., Result]) -> Callable[..., Result]:
     return call
 
 
-def here() -> AbstractContextManager[Any] | None:
+def current() -> AbstractContextManager[Any] | None:
     """The way that was entered last."""
     return _current.get()
 
 
 @contextmanager
 def entered(way: AbstractContextManager[Any]) -> Iterator[None]:
-    """Inside `way`, which can be entered again: `as_here` does it."""
+    """Inside `way`, which `as_here` enters again, later and from another thread."""
     token = _current.set(way)
     try:
         with way:
