@@ -6,6 +6,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -154,14 +155,15 @@ def one_seed(
 
 
 def ours(recipe: Recipe, seed: int, start: Encoder, teacher: Encoder, store: Store, texts: list[str]) -> Trained:
-    """As many steps as fit, found by a probe: the rate's schedule is one of steps."""
+    """As many steps as fit, found by a probe, as the rate's schedule is one of steps; like the others, none longer than that."""
     cli.say(f"seed {seed}: {OURS}")
     output, config = recipe.output / f"seed-{seed}" / "run", replace(recipe.train, seed=seed)
 
-    def run(steps: int, output: Path) -> Trained:
+    def run(steps: int, output: Path, seconds: float = math.inf) -> Trained:
         student = copy.deepcopy(start)
         examples, some = match(texts, student, teacher, store), replace(config, steps=steps, save_every=steps)
-        done = train(student, examples, store, recipe.loss.build(teacher.width), some, output=output)
+        loss = recipe.loss.build(teacher.width)
+        done = train(student, examples, store, loss, some, output=output, seconds=seconds)
         return Trained(done.student, done.seconds, done.steps)
 
     def probe(steps: int) -> list[float]:
@@ -169,7 +171,8 @@ def ours(recipe: Recipe, seed: int, start: Encoder, teacher: Encoder, store: Sto
         log = (output / "probe" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["seconds"] for line in log]
 
-    return run(steps_that_fit(60 * recipe.minutes, probe), output)
+    limit = 60 * recipe.minutes
+    return run(steps_that_fit(limit, probe), output, limit)
 
 
 def scored(trained: Mapping[str, Trained], teacher: Encoder, data: EvaluationData, store: Store) -> Scores:

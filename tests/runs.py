@@ -1,6 +1,7 @@
 """What tests of embedding and training share, callable in a spawned process: texts, a tiny teacher, small runs."""
 
 import importlib.util
+import math
 import random
 import sys
 from functools import cache
@@ -79,13 +80,14 @@ def small_run(
     loss: str = "contrastive",
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    seconds: float = math.inf,
     **config: Any,
 ) -> Run:
     """A run of some steps on tiny models; `config` are fields of TrainConfig."""
     one, data, stored = prepared(model, store, count, kind, dropout)
     one.to(dtype)
     options: dict[str, Any] = {"batch_size": 8, "epochs": 1.0, "dropout": dropout > 0} | config
-    return train(one, data, stored, LOSSES[loss](), TrainConfig(**options), output=Path(output))
+    return train(one, data, stored, LOSSES[loss](), TrainConfig(**options), output=Path(output), seconds=seconds)
 
 
 def weights(run: Run) -> dict[str, np.ndarray]:

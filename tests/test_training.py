@@ -66,6 +66,13 @@ def assert_same_state(one: Path, other: Path) -> None:
     assert curve(one) == curve(other)
 
 
+def assert_equal_weights(one: Run, other: Run) -> None:
+    found, expected = runs.weights(one), runs.weights(other)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert np.array_equal(value, expected[name]), name
+
+
 def assert_close_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     """But for key biases: no loss depends on them, so that Adam makes steps of the noise in their gradient."""
     assert one.keys() == other.keys()
@@ -125,6 +132,20 @@ def test_the_schedule(model: str, store: Path, tmp_path: Path) -> None:
         assert rates[:5] == pytest.approx([1e-4, 3e-4, 5e-4, 7e-4, 9e-4])
         assert rates[-1] == pytest.approx(last, abs=5e-5)
         assert all(first >= second for first, second in pairwise(rates[5:]))
+
+
+@pytest.mark.parametrize("update", ["dense", "rows"])
+def test_a_run_whose_time_is_up_is_one_of_fewer_steps(model: str, store: Path, tmp_path: Path, update: str) -> None:
+    common: dict[str, Any] = {"store": store, "kind": "static", "table_update": update, "ema_decay": 0.5}
+    common |= {"schedule": "constant", "warmup_fraction": 0.0}
+    short = runs.small_run(model, tmp_path / "short", steps=7, seconds=0.0, **common)
+    alone = runs.small_run(model, tmp_path / "alone", steps=1, **common)
+    assert (short.steps, len(curve(tmp_path / "short"))) == (1, 1)
+    assert_equal_weights(short, alone)
+    resumed = runs.small_run(model, tmp_path / "short", steps=7, resume=True, **common)
+    whole = runs.small_run(model, tmp_path / "whole", steps=7, seconds=1e9, **common)
+    assert (resumed.steps, whole.steps) == (7, 7)
+    assert_equal_weights(resumed, whole)
 
 
 def test_accumulated_batches_give_the_gradient_of_their_rows(model: str, store: Path, tmp_path: Path) -> None:

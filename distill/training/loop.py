@@ -51,19 +51,27 @@ class Run:
 
 
 def train(
-    student: Encoder, data: Examples, store: Store, loss: Loss, config: TrainConfig, *, output: str | Path
+    student: Encoder,
+    data: Examples,
+    store: Store,
+    loss: Loss,
+    config: TrainConfig,
+    *,
+    output: str | Path,
+    seconds: float = math.inf,
 ) -> Run:
     """Train `student` in place and return the run; writes OUTPUT/metrics.jsonl and OUTPUT/checkpoints.
 
     With config.ema_decay the student ends as the average of its weights; its last own weights are in the last checkpoint.
 
-    Those of an earlier run in OUTPUT are deleted, unless config.resume.
+    Those of an earlier run in OUTPUT are deleted, unless config.resume. The step at which `seconds` have passed is the last;
+    the rate's schedule is one of all steps, and cut short there.
 
     `loss` is called as loss(student, teacher); one with `uses_bank` also gets bank=, keys=, bank_keys=. A loss or gradient
     that is not finite stops all processes before the update (NumericsError, rows in OUTPUT/non-finite.json). Ctrl-C and
     SIGTERM finish the step, save, and raise Stopped.
     """
-    return _Loop(student, data, store, loss, config, Path(output)).run()
+    return _Loop(student, data, store, loss, config, Path(output)).run(seconds)
 
 
 class _Loop:
@@ -89,10 +97,10 @@ class _Loop:
         self.anchor = optimizer.anchor_of(student, data.tokens.ids, config)
         self.read = Reading()  # by the student, in this run
 
-    def run(self) -> Run:
+    def run(self, seconds: float) -> Run:
         try:
             with execution.as_asked(self.student, self.config):
-                return self._run()
+                return self._run(seconds)
         finally:
             self.feed.close()
             for name in ("forward", "_original_forward"):  # Accelerate's, over the class's own, for mixed precision
@@ -101,8 +109,9 @@ class _Loop:
                 self.rows.give_back()
             self.student.eval()
 
-    def _run(self) -> Run:
+    def _run(self, limit: float) -> Run:
         first, last = self._resume()
+        done = first
         self.feed.prepare()
         began, texts = time.monotonic(), 0
         distributed.main_first(partial(runlog.cut, self.output, first))
@@ -118,19 +127,23 @@ class _Loop:
                 log(last)
                 bar.update()
                 bar.set_postfix(loss=f"{last['loss']:.4f}")
+                done, late = step + 1, time.monotonic() - began > limit
                 asked = distributed.any_process(bool(stop), self.accelerator.device)
-                if asked or (step + 1) % every == 0 or step + 1 == self.steps:
-                    self._save(step + 1, last)
-                if asked and step + 1 < self.steps:
-                    raise self._stopped(step + 1, distributed.gather_objects(list(stop)))
+                late = limit < math.inf and distributed.any_process(late, self.accelerator.device)
+                if asked or late or done % every == 0 or done == self.steps:
+                    self._save(done, last)
+                if asked and done < self.steps:
+                    raise self._stopped(done, distributed.gather_objects(list(stop)))
+                if late:
+                    break
         if self.rows:
-            self.rows.finish(self.steps)
+            self.rows.finish(done)
         if self.average:
             self.average.apply()
         seconds = time.monotonic() - began
         speed, settings, report = texts / max(seconds, 1e-9), asdict(self.config), self.data.report
         padding = self.read.padding if self.read.places else None
-        return Run(self.student, self.steps, seconds, speed, last["loss"], self.output, report, settings, padding)
+        return Run(self.student, done, seconds, speed, last["loss"], self.output, report, settings, padding)
 
     def _step(self, step: int) -> dict[str, Any]:
         began = time.monotonic()
