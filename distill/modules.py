@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from distill import similarity
 from distill.quantized import TableFormat
-from distill.unpadded.attention import end_to_end
 from distill.unpadded.linear import skipping
 from distill.unpadded.places import Places
+from distill.unpadded.trial import end_to_end
 
 PoolingMode = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.encoder import Encoder
 from distill.modules import Pooling, Tokens, TransformerBackbone
 from distill.training import TrainConfig, execution
-from distill.unpadded import attention
+from distill.unpadded import attention, trial
 
 CPU = torch.device("cpu")
 IDS = torch.arange(10, 17)
@@ -87,7 +87,7 @@ def test_a_kernel_that_gives_something_else_is_not_used(
 
     monkeypatch.setattr(attention, "kernel_for", lambda device: kernel)
     model = Encoder.from_pretrained(tiny_bert).backbone.model  # type: ignore[union-attr]
-    assert attention.end_to_end(model, IDS, torch.tensor([3, 4]), CPU, pad_id=0) is None
+    assert trial.end_to_end(model, IDS, torch.tensor([3, 4]), CPU, pad_id=0) is None
 
 
 @pytest.mark.parametrize(("kind", "first"), [("bert", 0), ("roberta", 1), ("qwen", 0), ("modernbert", 0)])
@@ -95,16 +95,25 @@ def test_the_first_position_is_found_and_a_wrong_one_would_be_noticed(
     kind: str, first: int, tiny_model: Callable[..., Path], end_to_end: Callable[[bool], None]
 ) -> None:
     model = Encoder.from_pretrained(tiny_model(kind)).backbone.model  # type: ignore[union-attr]
-    texts = attention.end_to_end(model, IDS, torch.tensor([3, 4]), CPU, pad_id=0)
+    texts = trial.end_to_end(model, IDS, torch.tensor([3, 4]), CPU, pad_id=0)
     assert texts is not None
     assert texts.positions.tolist() == [first + place for place in (0, 1, 2, 0, 1, 2, 3)]
     right = texts.run()
     texts.positions += 1 - 2 * first
     if kind in ("bert", "roberta"):  # rotary positions have no first
-        assert (texts.run() - right).norm() > 10 * attention.TOLERANCE * right.norm()
-    as_one = attention.end_to_end(model, IDS, torch.tensor([7]), CPU, pad_id=0)
+        assert (texts.run() - right).norm() > 10 * trial.TOLERANCE * right.norm()
+    as_one = trial.end_to_end(model, IDS, torch.tensor([7]), CPU, pad_id=0)
     assert as_one is not None
-    assert (as_one.run() - right).norm() > 10 * attention.TOLERANCE * right.norm()
+    assert (as_one.run() - right).norm() > 10 * trial.TOLERANCE * right.norm()
+
+
+@pytest.mark.parametrize("padding", [-1, 10**6])
+def test_a_config_whose_pad_token_is_none_is_no_obstacle(
+    padding: int, tiny_bert: Path, end_to_end: Callable[[bool], None]
+) -> None:
+    model = Encoder.from_pretrained(tiny_bert).backbone.model  # type: ignore[union-attr]
+    model.config.pad_token_id = padding
+    assert trial.end_to_end(model, IDS, torch.tensor([3, 4]), CPU, pad_id=0) is not None
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -147,7 +156,7 @@ def test_a_model_keeps_its_own_attention(tiny_bert: Path, end_to_end: Callable[[
     before = model.config._attn_implementation
     run(encoder, of_lengths(encoder, LENGTHS))
     assert model.config._attn_implementation == before != attention.NAME
-    texts = attention.end_to_end(model, torch.tensor([1, 2, 10**6]), torch.tensor([3]), CPU, pad_id=0)
+    texts = trial.end_to_end(model, torch.tensor([1, 2, 10**6]), torch.tensor([3]), CPU, pad_id=0)
     assert texts is not None
     with pytest.raises(IndexError):
         texts.run()
@@ -181,7 +190,7 @@ def test_want_of_memory_says_nothing_of_a_model(
         raise error("heads are a multiple of 8 wide")
 
     def ask() -> Any:
-        return attention.end_to_end(model, IDS, torch.tensor([3, 4]), CPU, pad_id=0)
+        return trial.end_to_end(model, IDS, torch.tensor([3, 4]), CPU, pad_id=0)
 
     monkeypatch.setattr(attention, "kernel_for", lambda device: fails)
     with pytest.raises(error) if error is torch.OutOfMemoryError else nullcontext():
@@ -201,7 +210,7 @@ def test_padding_stays_where_it_has_to(
         model._compiled_call_impl = model.forward
     else:
         monkeypatch.setattr(model, "forward", lambda input_ids, attention_mask: None)
-    assert attention.end_to_end(model, IDS, torch.tensor([3, 4]), CPU, pad_id=0) is None
+    assert trial.end_to_end(model, IDS, torch.tensor([3, 4]), CPU, pad_id=0) is None
 
 
 def test_the_cpu_has_no_kernel_and_float32_has_none() -> None:

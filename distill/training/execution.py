@@ -14,7 +14,7 @@ from distill.errors import RecipeError
 from distill.modules import TransformerBackbone
 from distill.students.blocks import layer_list, transformer_of
 from distill.training.settings import TrainConfig
-from distill.unpadded.places import as_here
+from distill.unpadded.context import as_here
 
 
 @contextmanager

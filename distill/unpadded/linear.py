@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from distill.unpadded.places import Places, entered
+from distill.unpadded.context import entered
+from distill.unpadded.places import Places
 
 FULL = 0.9  # of the places: with more tokens than that there is nothing to gain
 

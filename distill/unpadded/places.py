@@ -1,15 +1,10 @@
-"""Which places of a rectangle of texts hold a token, and what is the same in a backward pass as it was in the forward pass."""
+"""Which places of a rectangle of texts hold a token."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-Result = TypeVar("Result")
 
 
 class Places:
@@ -45,35 +40,3 @@ def _gathered(rows: Float[Tensor, "n d"], index: Int[Tensor, " m"]) -> Float[Ten
     if len(index) > len(rows):  # from tokens to places
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return rows.index_select(0, index)
-
-
-def as_here(function: Callable[..., Result]) -> Callable[..., Result]:
-    """`function` as it runs here, wherever it is called: in a backward pass that computes activations again."""
-    way = _current.get()
-
-    def call(*inputs: Any, **options: Any) -> Result:
-        if way is None or way is _current.get():
-            return function(*inputs, **options)
-        with entered(way):
-            return function(*inputs, **options)
-
-    return call
-
-
-def current() -> AbstractContextManager[Any] | None:
-    """The way that was entered last."""
-    return _current.get()
-
-
-@contextmanager
-def entered(way: AbstractContextManager[Any]) -> Iterator[None]:
-    """Inside `way`, which `as_here` enters again, later and from another thread."""
-    token = _current.set(way)
-    try:
-        with way:
-            yield
-    finally:
-        _current.reset(token)
-
-
-_current: ContextVar[AbstractContextManager[Any] | None] = ContextVar("unpadded", default=None)
