@@ -38,9 +38,9 @@ def run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: Se
 
 
 def _exit(code: int) -> NoReturn:
-    """Leave; one of several processes without the interpreter's teardown, which now and then aborts on a thread of gloo's.
+    """Leave; one of several processes without the interpreter's teardown: after an error the group of processes is still there.
 
-    Seen once in 20 runs of two processes on a busy machine (torch 2.13): all was written, then SIGABRT and exit code 1.
+    A thread of gloo's that drops a tensor then aborts it (torch's issue 190489): SIGABRT instead of the code.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def _main(module: str, name: str, arguments: str, result: str) -> int:
 
     from distill.errors import DistillError
 
+    function = getattr(importlib.import_module(Path(module).stem), name)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     if "MASTER_PORT" in os.environ:
@@ -119,16 +121,27 @@ def _main(module: str, name: str, arguments: str, result: str) -> int:
         world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         dist.init_process_group("gloo", init_method=f"file://{place}", world_size=world, rank=rank)
     try:
-        value = getattr(importlib.import_module(Path(module).stem), name)(**json.loads(arguments))
+        value = function(**json.loads(arguments))
     except DistillError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    Path(result).write_text(json.dumps(value))
     if dist.is_initialized():
         dist.destroy_process_group()
+        left = [name for name in _threads() if "gloo" in name]
+        assert not left, f"something holds the group of processes: {left} could abort the interpreter's end"
+    Path(result).write_text(json.dumps(value))
     return 0
+
+
+def _threads() -> list[str]:
+    """Names of this process's threads, where the system is Linux."""
+    names = []
+    for thread in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it has ended
+            names.append(thread.read_text().strip())
+    return names
 
 
 if __name__ == "__main__":

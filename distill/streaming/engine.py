@@ -15,10 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before any group is: see below
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from distill.similarity import normalize, row_lengths
+
+# torch imports torch.distributed.nn.functional at the first call of an operator, and its defaults are the group of that time.
+# A group that is held outlives destroy_process_group, and gloo's threads the interpreter: one that drops a tensor then aborts
+# (SIGABRT, "terminate called without an active exception"; torch's issue 190489). Imported before, they hold none.
 
 # Rows and columns of a tile of the matrix. On two cores of an EPYC (1 MB of L2 each) the two products of a contrastive loss
 # in tiles of (1024, 1024) took 2 % longer than the whole products, (512, 4096) 8 %, (128, 4096) 30 %. On CUDA: at least.
