@@ -220,7 +220,11 @@ class Encoder(nn.Module):
         }
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write a folder that SentenceTransformer(path) and Encoder.from_pretrained(path) open. It appears whole or not at all."""
+        """Write a folder that SentenceTransformer(path) and Encoder.from_pretrained(path) open. It appears whole or not at all.
+
+        It takes the place of an earlier model's folder, of all files in it. RecipeError if `path` holds something else.
+        """
+        folder.refuse_other_files(Path(path))
         with files.published_folder(Path(path)) as temporary:
             folder.write(self.parts(), temporary)
 

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: write beside, flush to the disk, rename."""
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+# What tempfile puts behind a prefix, as a pattern.
+_RANDOM = "[a-z0-9_]" * 8
 
 
 @contextmanager
@@ -87,13 +91,13 @@ def exchange(one: Path, other: Path) -> bool:
 def recover(path: Path) -> None:
     """Mend what killed writers of a folder left: put back what was moved aside, delete what is unfinished. Nobody may be writing there."""
     _put_back(path)
-    remove_unfinished(path.parent, path.name)
+    remove_unfinished(path.parent, glob.escape(path.name))
 
 
 def _put_back(path: Path) -> None:
     """A folder that a killed `published_folder` had moved aside, if nothing has taken its place."""
     if not path.exists():
-        for aside in sorted(path.parent.glob(f".{path.name}.*.old"))[:1]:
+        for aside in sorted(path.parent.glob(f".{glob.escape(path.name)}.{_RANDOM}.old"))[:1]:
             os.rename(aside, path)
 
 
@@ -106,7 +110,7 @@ def remove_folder(path: Path) -> None:
 
 def remove_unfinished(folder: Path, name: str) -> None:
     """Delete what killed writers of `name` (a pattern) left in a folder. Nobody may be writing there."""
-    for item in folder.glob(f".{name}.*"):
+    for item in [*folder.glob(f".{name}.{_RANDOM}"), *folder.glob(f".{name}.{_RANDOM}.old")]:
         shutil.rmtree(item) if item.is_dir() else item.unlink(missing_ok=True)
 
 

@@ -47,6 +47,16 @@ class Parts:
     lowercase: bool = False
 
 
+def refuse_other_files(path: Path) -> None:
+    """RecipeError if `path` is neither an empty folder nor that of an earlier model: a model takes the whole folder's place."""
+    names = {item.name for item in path.iterdir()} if path.is_dir() else {"a file"} if path.exists() else set()
+    if names and (".git" in names or not names & {"modules.json", "config.json"}):
+        raise RecipeError(
+            f"{path} is there already, and is not a model's folder or is a Git repository: a model would take the place of all in it. "
+            "Name a new folder, an empty one, or that of an earlier model."
+        )
+
+
 def write(parts: Parts, folder: Path) -> None:
     """Write the files of an encoder into an existing, empty folder. RecipeError for a layer that such a folder cannot hold."""
     head, cut = _split(parts.head)

@@ -11,6 +11,8 @@ from typing import Any
 from distill import distributed, files
 from distill.errors import IntegrityError, RecipeError, ResourceError, explained
 from distill.export import this_command
+from distill.folder import refuse_other_files
+from distill.training.checkpoint import RECIPE
 
 # Flags that may differ between a run and its continuation: they change no step of the training.
 FREE_TO_CHANGE = (
@@ -41,18 +43,26 @@ def record(recipe: Any, output: Path) -> None:
 
 def _record(recipe: Any, output: Path) -> None:
     value = {"command": this_command(), "recipe": json.loads(json.dumps(asdict(recipe), default=str))}
-    path = output / "recipe.json"
+    path, beside = output / "recipe.json", output / "checkpoints" / RECIPE
     try:
+        refuse_other_files(output / "student")
         begun = any((output / "checkpoints").glob("step-*"))
         if begun and not {"train", "resume"} & value["recipe"].keys():
             raise RecipeError(f"{output} holds a training run, which this would overwrite; name another --output.")
-        if begun and path.exists() and _resumes(value["recipe"]):
-            _refuse_other_recipe(output, _begun_with(path), value["recipe"], _defaults(recipe))
+        first = beside if beside.exists() else path
+        resumed = begun and first.exists() and _resumes(value["recipe"])
+        if resumed:
+            _refuse_other_recipe(output, _begun_with(first), value["recipe"], _defaults(recipe))
         elif begun or (output / "student").exists():
             print(
                 f"{output} holds an earlier run, which this one replaces (its student, when the new one is done).",
                 file=sys.stderr,
             )
+        if (
+            begun and not resumed and first == path and path.exists()
+        ):  # the earlier one's, should this one fail before it trains
+            with files.published_file(beside) as temporary:
+                temporary.write_bytes(path.read_bytes())
         for name in ("recipe.json", "report.json", "non-finite.json"):
             files.remove_unfinished(output, name)
         files.write_json(path, value)

@@ -78,7 +78,7 @@ def test_a_model_on_the_cpu_leaves_a_gpu_alone(tmp_path: Path, monkeypatch: pyte
 
 
 def test_only_the_newest_stay_and_what_killed_writers_left_goes(tmp_path: Path) -> None:
-    (tmp_path / ".step-00000003.abc").mkdir()
+    (tmp_path / ".step-00000003.abc_1234").mkdir()
     write(tmp_path, 1, 2, 3, 100_000_000, keep=2)
     assert names(tmp_path) == ["step-00000003", "step-100000000"]
     found = load(tmp_path)

@@ -18,7 +18,7 @@ import pytest
 from distill import cli, errors
 from distill.config import SUITED, StudentConfig
 from distill.errors import IntegrityError, RecipeError, ResourceError, Stopped
-from distill.training import TrainConfig
+from distill.training import TrainConfig, checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +273,26 @@ def test_a_run_is_not_resumed_with_another_recipe(begun: Recipe) -> None:
     with pytest.raises(IntegrityError, match=r"--train\.batch-size: was 256, is 128\nResume with the same flags"):
         cli.record(changed(begun, batch_size=128), begun.output)
     assert (begun.output / "recipe.json").read_bytes() == before
+
+
+def test_a_recipe_that_fails_before_it_trains_leaves_the_earlier_run_resumable(begun: Recipe) -> None:
+    for data in ("typo.txt", "typo-2.txt"):
+        cli.record(dataclasses.replace(begun, data=data), begun.output)
+    with pytest.raises(IntegrityError, match=r"--data: was texts/a\.txt, is typo\.txt"):
+        cli.record(dataclasses.replace(changed(begun), data="typo.txt"), begun.output)
+    cli.record(changed(begun), begun.output)
+    cli.record(dataclasses.replace(begun, data="b.txt"), begun.output)
+    checkpoint.clear(begun.output / "checkpoints")  # training begins
+    (begun.output / "checkpoints" / "step-00000001").mkdir()
+    cli.record(dataclasses.replace(changed(begun), data="b.txt"), begun.output)
+
+
+def test_a_folder_of_other_files_is_not_taken_for_the_student(tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    cli.record(Recipe(output=tmp_path), tmp_path)
+    (tmp_path / "student" / "thesis.txt").write_text("")
+    with pytest.raises(RecipeError, match="not a model's folder"):
+        cli.record(Recipe(output=tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"save_every": 7}, {"keep_checkpoints": 9}, {"trackers": ("tensorboard",)}])

@@ -441,6 +441,26 @@ def test_a_table_smaller_than_its_vocabulary_is_refused(copy_of: Callable[..., P
         Encoder.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("other", ["thesis.txt", ".git", "a file"])
+def test_other_files_are_not_replaced_by_a_model(bert: Encoder, tmp_path: Path, other: str) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    bert.save_pretrained(path)
+    (path / "left over").write_text("")
+    bert.save_pretrained(path)
+    assert not (path / "left over").exists()
+    if other != ".git":
+        shutil.rmtree(path)
+    if other == "a file":
+        path.write_text("text")
+    else:
+        path.mkdir(exist_ok=True)
+        (path / other).write_text("text")
+    with pytest.raises(RecipeError, match="Name a new folder"):
+        bert.save_pretrained(path)
+    assert (path if other == "a file" else path / other).read_text() == "text"
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"neither modules\.json nor config\.json"):
         Encoder.from_pretrained(tmp_path)

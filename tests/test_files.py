@@ -82,8 +82,8 @@ def test_two_folders_change_places_at_once(tmp_path: Path, monkeypatch: pytest.M
 def test_a_folder_that_a_killed_writer_moved_aside_is_put_back(tmp_path: Path, again: Callable[[Path], None]) -> None:
     path = tmp_path / "model"
     _publish(path, "old")
-    path.rename(tmp_path / ".model.abc.old")
-    (tmp_path / ".model.abc").mkdir()
+    path.rename(tmp_path / ".model.abcd1234.old")
+    (tmp_path / ".model.abcd1234").mkdir()
     again(path)
     assert (path / "a").read_text() in ("old", "new")
     files.recover(path)
@@ -116,6 +116,16 @@ def test_removal_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / ".other.x").write_text("")
     files.remove_unfinished(tmp_path, "step-*")
     assert sorted(item.name for item in tmp_path.iterdir()) == [".other.x", "step-2"]
+
+
+def test_neighbours_are_no_leftovers(tmp_path: Path) -> None:
+    names = [".store.v2.abcd1234", ".store.v2.abcd1234.old", ".store.abc-lock", ".store-lock", ".stor[e].abcd1234"]
+    for name in [*names, ".store.abcd1234", ".store.abcd1234.old"]:
+        (tmp_path / name).mkdir()
+    files.recover(tmp_path / "store")
+    assert sorted(item.name for item in tmp_path.iterdir()) == sorted([*names, "store"])
+    files.recover(tmp_path / "stor[e]")
+    assert not (tmp_path / ".stor[e].abcd1234").exists()
 
 
 def test_json_survives_any_text(tmp_path: Path) -> None:

@@ -125,12 +125,15 @@ def test_any_keys_are_found_where_they_stand(keys: list[bytes]) -> None:
 # The manifest
 
 
-def test_rows_count_only_once_the_manifest_names_them(tmp_path: Path) -> None:
+def test_rows_count_only_once_the_manifest_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = write(tmp_path, ["a"])
     records = made.append(rows(["b"]))
     assert (tmp_path / records[0].file).exists()
     assert len(Store.open(tmp_path)) == 1
     assert made.orphans() == [records[0].file]
+    code, out, _ = command(capsys, "verify", tmp_path)
+    assert code == 0
+    assert out.startswith(f"{records[0].file}: not in the manifest")
     (tmp_path / ".rows-x.safetensors.tmp").write_text("half")
     (tmp_path / ".manifest.json.tmp").write_text("half")
     with made.lock():

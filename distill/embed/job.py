@@ -219,7 +219,8 @@ def _locked(path: Path, lock: BaseFileLock, seconds: float) -> bool:
 
 
 def _clear(path: Path) -> None:
-    Store.open(path).remove_orphans()
+    for name in Store.open(path).remove_orphans():
+        print(f"{path}: deleted {name}, which the manifest does not name", file=sys.stderr)
 
 
 def not_writable(path: Path, error: OSError) -> ResourceError:

@@ -24,11 +24,13 @@ def export(
     """Write `student` with README.md (the model card) and distill.json (provenance and scores). It appears whole or not at all.
 
     The folder opens in sentence-transformers 5.4 and later without remote code, but for an int8 table (`students.quantize`).
+    It takes the place of an earlier model's folder, of all files in it; RecipeError if `path` holds something else.
     A narrow student's holds the directions that turn an index, too. `license` is the teacher's, if its card names one and
     no other is given. One process calls it.
     """
     path = Path(path)
     files.recover(path)
+    folder.refuse_other_files(path)
     cost = _cost(student)
     record = provenance.as_json() | (scores.as_json() if scores else {}) | ({"table": cost.as_json()} if cost else {})
     with files.published_folder(path) as temporary:

@@ -57,6 +57,8 @@ def _print_verify(path: Path) -> int:
     damaged = verify(path)
     for file, problem in damaged.items():
         print(f"{file}: {problem}")
+    for file in Store.open(path).orphans() if not damaged else ():
+        print(f"{file}: not in the manifest, which is older, or a killed writer left it; the next embed() deletes it")
     names = [shard.file for shard in shards.read_manifest(path).shards]
     print(f"{path}: {len(names) - len(damaged.keys() & set(names))} of {len(names)} shards are whole")
     return IntegrityError.exit_code if damaged else 0

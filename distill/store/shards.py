@@ -66,7 +66,8 @@ def read_manifest(path: Path) -> Manifest:
         return _manifest(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(
-            f"{file} is damaged: {_reason(error)}. The shards beside it are untouched; restore the manifest from a copy."
+            f"{file} is damaged: {_reason(error)}. The shards beside it are untouched; restore the manifest from a copy. "
+            "embed() deletes shards that the manifest does not name: if the copy may be older than they are, copy the folder first."
         ) from error
     except OSError as error:
         raise ResourceError(f"{file} cannot be read: {error.strerror}.") from error

@@ -29,7 +29,7 @@ def write_store(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / f".{path.name}-lock"):
-        files.remove_unfinished(path.parent, path.name)
+        files.recover(path)
         if path.exists() and any(path.iterdir()):
             raise RecipeError(f"{path} is there already. Name a new folder, or delete it.")
         with files.published_folder(path) as temporary:

@@ -3,6 +3,7 @@
 OUTPUT/checkpoints/step-00000120/
     model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
     average.safetensors, start.safetensors: what a run keeps beside its weights, if it keeps any
+OUTPUT/checkpoints/recipe.json: what they were begun with, once another recipe was started there
 """
 
 import json
@@ -24,6 +25,7 @@ from distill import distributed, files
 from distill.errors import IntegrityError, ResourceError
 
 _NAME = re.compile(r"step-(\d{8,})")
+RECIPE = "recipe.json"
 _FILES = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
 
 Further = Mapping[str, Mapping[str, Tensor]]  # tensors beside the model's, by file and name
@@ -104,10 +106,11 @@ def tidy(folder: Path, step: int, keep: int) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete the checkpoints of an earlier run."""
+    """Delete the checkpoints of an earlier run, and the recipe it was begun with."""
     for path in _steps(folder):
         files.remove_folder(path)
     files.remove_unfinished(folder, "step-*")
+    (folder / RECIPE).unlink(missing_ok=True)
 
 
 def _steps(folder: Path) -> list[Path]:
