@@ -1,8 +1,11 @@
-"""Work done ahead of its use, in a thread: reading and tokenizing let other threads run while a device computes."""
+"""Work done ahead of its use: reading and tokenizing, in a thread, let other threads run while a device computes; so do copies to it."""
 
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 _END = object()
@@ -19,3 +22,8 @@ def ahead(items: Iterable[Item]) -> Generator[Item, None, None]:
         while (item := following.result()) is not _END:
             following = worker.submit(next, iterator, _END)
             yield item  # type: ignore[misc]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. To CUDA the host does not wait: torch's plain copy would, for all that is queued there."""
+    return tensor.to(device, non_blocking=device.type == "cuda")

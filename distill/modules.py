@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distill import similarity
+from distill.ahead import sent
 from distill.quantized import TableFormat
 from distill.unpadded.linear import skipping
 from distill.unpadded.places import Places
@@ -128,7 +129,7 @@ class TransformerBackbone(nn.Module):
             return torch.zeros(0, self.width, device=device)
         pooled = torch.cat([self._group(group, device) for _, group in groups])
         order = torch.cat([index for index, _ in groups])
-        return pooled[torch.argsort(order).to(device)]
+        return pooled[sent(torch.argsort(order), device)]
 
     def _group(self, tokens: Tokens, device: torch.device) -> Float[Tensor, "k d"]:
         # A text without tokens is run on a pad token that it sees, so that nothing becomes NaN, and set to zero below.
@@ -140,13 +141,13 @@ class TransformerBackbone(nn.Module):
         texts = end_to_end(self.model, ids[mask], lengths, device, pad_id=self.pad_id)
         self._reading += Reading(len(tokens.ids), mask.numel() if texts is None else len(texts))
         hidden = self._rectangle(ids, mask, device) if texts is None else Places(mask, device).put_back(texts.run())
-        return self.pooling(hidden, mask.to(device)).masked_fill(empty.to(device), 0.0)
+        return self.pooling(hidden, sent(mask, device)).masked_fill(sent(empty, device), 0.0)
 
     def _rectangle(
         self, ids: Int[Tensor, "k l"], mask: Bool[Tensor, "k l"], device: torch.device
     ) -> Float[Tensor, "k l d"]:
         with nullcontext() if self.model._compiled_call_impl else skipping(mask, device):
-            return self.model(input_ids=ids.to(device), attention_mask=mask.to(device).long())[0]
+            return self.model(input_ids=sent(ids, device), attention_mask=sent(mask, device).long())[0]
 
 
 class StaticTable(nn.Module):
@@ -188,7 +189,7 @@ class StaticTable(nn.Module):
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "b d"]:
         device = self.table.device
-        ids, lengths = tokens.ids.long().to(device), tokens.lengths.long().to(device)
+        ids, lengths = sent(tokens.ids.long(), device), sent(tokens.lengths.long(), device)
         offsets = lengths.cumsum(0) - lengths
         if self.lent is None or self._places is None:
             table, places = self.table, ids

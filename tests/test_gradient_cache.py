@@ -283,6 +283,8 @@ NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError(ALLOCATOR),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory"),
 ]
 
 
@@ -332,7 +334,7 @@ def stepped(model: nn.Module, size: int, **options: Any) -> tuple[Tensor, int, l
     return value, fitting.size, said
 
 
-@pytest.mark.parametrize("problem", NO_MEMORY, ids=["device", "linux", "windows"])
+@pytest.mark.parametrize("problem", NO_MEMORY, ids=["device", "linux", "windows", "cublas", "cuda"])
 @pytest.mark.parametrize(
     ("where", "size"), [("with", ROWS), ("backward", ROWS), ("without", 8), ("with", 8), ("backward", 8)]
 )

@@ -1,5 +1,7 @@
 """Linear layers that skip padding give what they gave, and multiply the tokens alone."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def run(encoder: Encoder, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor], li
     torch.manual_seed(0)
     with Products() as products:
         vectors = encoder(tokens)
-    (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
+    (vectors * torch.linspace(-1, 1, vectors.numel(), device=vectors.device).view_as(vectors)).sum().backward()
     gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
     return vectors.detach(), gradients, products.rows
 
@@ -121,6 +123,18 @@ def test_layers_that_are_run_again_skip_the_same(dropout: bool, tiny_mpnet: Path
         again_vectors, again_gradients, _ = run(encoder, tokens)
     assert torch.equal(vectors, again_vectors)
     assert all(torch.equal(gradient, again_gradients[name]) for name, gradient in gradients.items())
+
+
+def test_a_graph_that_is_dropped_is_freed_where_layers_are_run_again(tiny_mpnet: Path) -> None:
+    encoder = Encoder.from_pretrained(tiny_mpnet)
+    layers = encoder.backbone.model.encoder.layer  # type: ignore[union-attr]
+    outputs = [weakref.ref(torch.empty(0))]
+    layers[0].register_forward_hook(lambda _, __, output: outputs.append(weakref.ref(output[0])))
+    layers[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with execution.as_asked(encoder, TrainConfig(gradient_checkpointing=True)), pytest.raises(MemoryError):
+        encoder(of_lengths(encoder, [1, 9, 3, 2]))
+    gc.collect()
+    assert [output() for output in outputs] == [None, None]
 
 
 def test_sixteen_bits_stay_sixteen_bits(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,7 @@ class _Partial:
         first, second = (set(layer.state_dict()) for layer in (layers[0], layers[-1]))
         self.first_is_special = first != second  # ModernBERT: without a norm; T5: with the bias that all layers use
         self.outputs: dict[Layers, list[Any]] = {}
+        teacher.compute(tokens.rows(torch.tensor([0])))  # `unpadded.trial` runs a model: before its layers are watched
 
     def cost(self, kept: Layers) -> int:
         """Layers that have to run."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill import distributed
-from distill.ahead import ahead
+from distill.ahead import ahead, sent
 from distill.errors import RecipeError
 from distill.modules import Tokens
 from distill.store import Store
@@ -104,7 +104,7 @@ class Feed:
         return weight * distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)
 
     def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return sent(tensor, self.device)
 
     def _bank_rows(self, step: int, number: int, batch: np.ndarray) -> np.ndarray | None:
         """The bank of a step's batch, the same on every process: a window of the texts, or neighbours; None without one."""

@@ -16,13 +16,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from distill.ahead import sent
 from distill.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_CPU_ALLOCATOR = re.compile(r"DefaultCPUAllocator: (can't allocate memory|not enough memory)")
+# Of the CPU's allocator, of cuBLAS that makes a handle, and of CUDA itself, which have no exception of their own.
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate memory|not enough memory)|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: out of memory"
+)
 
 
 class OutOfMemory(Exception):
@@ -66,11 +70,11 @@ def backward_in_micro_batches(
             (found[0] if whole else encoded(number)).backward(gradient)
 
     found = _unless_memory_runs_out(forward, any_process)
-    vectors = torch.cat(found).detach()[torch.cat(pieces).argsort().to(found[0].device)].requires_grad_()
+    vectors = torch.cat(found).detach()[sent(torch.cat(pieces).argsort(), found[0].device)].requires_grad_()
     value = loss_of_vectors(vectors)
     value.backward()
     gradient = torch.zeros_like(vectors) if vectors.grad is None else vectors.grad
-    gradients = [gradient[rows.to(gradient.device)] for rows in pieces]
+    gradients = [gradient[sent(rows, gradient.device)] for rows in pieces]
     torch.clear_autocast_cache()  # under a caller's autocast it holds casts of the weights that were made without a graph
     _unless_memory_runs_out(backward, any_process)
     return value.detach()
@@ -127,10 +131,10 @@ class MicroBatch:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator said no: a device's own error, or the CPU's plain RuntimeError."""
+    """Whether an allocator said no: a device's own error, or a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and bool(_CPU_ALLOCATOR.search(str(error)))
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
 
 
 def _cut(lengths: Int[Tensor, " b"], micro_batch: int) -> list[Int[Tensor, " k"]]:

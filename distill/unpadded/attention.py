@@ -16,6 +16,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from distill.ahead import sent
 from distill.unpadded.context import current, entered
 
 NAME = "distill_texts"
@@ -45,8 +46,8 @@ class Texts:
         counted = ids != first_position - 1
         running = F.pad(counted.long().cumsum(0), (1, 0))
         inside = running[1:] - torch.repeat_interleave(running[edges[:-1]], lengths.long())
-        self.positions = (inside * counted + first_position - 1).to(device)
-        self.edges, self.ids = edges.int().to(device), ids.to(device)
+        self.positions = sent(inside * counted + first_position - 1, device)
+        self.edges, self.ids = sent(edges.int(), device), sent(ids, device)
         self._before: list[str] = []
 
     def run(self) -> Float[Tensor, "t d"]:

@@ -37,6 +37,11 @@ class _Skipping(TorchFunctionMode):
         self.places = places
         self._last: tuple[Any, int, Any] = (None, 0, None)
 
+    def __exit__(self, *of: Any) -> None:
+        # A backward pass that runs layers again keeps this mode for them: with rows of its own it would keep the graph alive.
+        self._last = (None, 0, None)
+        super().__exit__(*of)
+
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

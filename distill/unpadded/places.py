@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from distill.ahead import sent
+
 
 class Places:
     """The places of a mask that are true, in its order. The mask is on the CPU, where it decides shapes; vectors are on `device`."""
@@ -13,7 +15,7 @@ class Places:
     def __init__(self, mask: Bool[Tensor, "b l"], device: torch.device):
         there, places = mask.flatten(), mask.flatten().nonzero().squeeze(1)
         rows = torch.where(there, there.cumsum(0) - 1, len(places))
-        self.shape, self._places, self._rows = mask.shape, places.to(device), rows.to(device)
+        self.shape, self._places, self._rows = mask.shape, sent(places, device), sent(rows, device)
 
     def taken(self, hidden: Float[Tensor, "b l d"]) -> Float[Tensor, "t d"]:
         return _Exchange.apply(hidden.flatten(0, 1), self._places, self._rows)

@@ -63,6 +63,7 @@ def _first_position(model: Any, device: torch.device, kernel: attention.Kernel, 
     return None
 
 
+@torch.inference_mode(False)  # where no kernel can show its gradient
 @torch.no_grad()
 def _the_same(model: Any, device: torch.device, kernel: attention.Kernel, padding: int, first: int) -> bool:
     """Whether some texts end to end give what they give with padding: exactly in the weights' own type, by the kernel as nearly as 16 bits do."""
