@@ -128,8 +128,7 @@ class Encoder(nn.Module):
 
     def tokenize(self, texts: Sequence[str], *, prompt: str = "") -> Tokenized:
         """The tokens of texts, cut at max_length. A text that is no str, or no Unicode, is a DataError that names it."""
-        if isinstance(texts, str):
-            raise DataError(f"a list of texts is expected, got one text, {texts[:60]!r}. Put it in a list.")
+        refuse_one_text(texts)
         if not len(texts):
             return Tokenized(Tokens.from_lists([]), [], [])
         _check_texts(texts)
@@ -239,6 +238,18 @@ class Encoder(nn.Module):
             default_prompt_name=self.default_prompt_name,
             lowercase=self.lowercase,
         )
+
+
+def distinct(texts: Sequence[str]) -> list[str]:
+    """Each text once, in their order. DataError for one text where a list of them is expected."""
+    refuse_one_text(texts)
+    return list(dict.fromkeys(texts))
+
+
+def refuse_one_text(texts: Sequence[str]) -> None:
+    """A str is a sequence of texts, too: its letters."""
+    if isinstance(texts, str):
+        raise DataError(f"a list of texts is expected, got one text, {texts[:60]!r}. Put it in a list.")
 
 
 @contextmanager

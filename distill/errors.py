@@ -5,6 +5,8 @@ texts, stores, the hub. A message says what was expected, what came, where, and 
 """
 
 import errno
+import sys
+from collections.abc import Callable
 
 
 class DistillError(Exception):
@@ -69,3 +71,15 @@ def explained(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         reason += "; free some space there"
     return f"{error.filename}: {reason}." if error.filename else f"{reason}."
+
+
+def reported(main: Callable[[], int]) -> int:
+    """The exit code that `main` returns, or that of its error, which is said on stderr in one message."""
+    try:
+        return main()
+    except DistillError as error:
+        code, message = error.exit_code, str(error)
+    except OSError as error:
+        code, message = ResourceError.exit_code, explained(error)
+    print(f"error: {message}", file=sys.stderr)
+    return code

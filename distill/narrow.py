@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distill import distributed, files, metrics
 from distill.encoder import Encoder
-from distill.errors import DataError, DistillError, IntegrityError, RecipeError, ResourceError
+from distill.errors import DataError, IntegrityError, RecipeError, reported
 from distill.identity import recognize
 from distill.modules import Dense, Normalize, Truncate
 from distill.several import Several
@@ -245,15 +245,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help=".npy to write: unit rows, in the dtype of the vectors"
     )
-    options = parser.parse_args(arguments)
-    try:
-        rows, width = turn_file(options.vectors, read_directions(options.rotation), options.output)
-    except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ResourceError.exit_code
+    return reported(partial(_turn_index, parser.parse_args(arguments)))
+
+
+def _turn_index(options: argparse.Namespace) -> int:
+    rows, width = turn_file(options.vectors, read_directions(options.rotation), options.output)
     print(f"{options.output}: {rows:,} vectors of width {width}")
     return 0
 

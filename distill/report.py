@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import distributed, files, page
-from distill.errors import DistillError, ResourceError
+from distill.errors import reported
 from distill.evaluation import INDEX, MIXED, START, STUDENT, Scores, closeup_json, retention_json
 from distill.export import Provenance, export, usage
 from distill.gates import Gate, Verdict, enforce, judge
@@ -134,7 +134,7 @@ def _as_json(run: Run, scores: Scores, provenance: Provenance, verdicts: Sequenc
         "device": distributed.device().type,
         **scores.as_json(),
         **retention_json(scores),
-        "gains": {metric: vars(gain) for metric, gain in gains(scores).items()},
+        "gains": {metric: gain.as_json() for metric, gain in gains(scores).items()},
         "gates": [verdict.as_json() for verdict in verdicts],
         "training": training,
         "settings": json.loads(json.dumps(run.settings, default=str)),
@@ -148,19 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.figures and len(options.run) > 1:
         parser.error("--figures are those of one run")
-    try:
-        if options.figures:
-            written = page.write_figures(options.run[0], options.figures)
-        elif len(options.run) == 1 and options.output is None:
-            written = [page.write_run(options.run[0])]
-        else:
-            written = [page.write_comparison(options.run, options.output or Path("compare.html"))]
-    except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ResourceError.exit_code
+    return reported(partial(_write, options))
+
+
+def _write(options: argparse.Namespace) -> int:
+    if options.figures:
+        written = page.write_figures(options.run[0], options.figures)
+    elif len(options.run) == 1 and options.output is None:
+        written = [page.write_run(options.run[0])]
+    else:
+        written = [page.write_comparison(options.run, options.output or Path("compare.html"))]
     print(*written, sep="\n")
     return 0
 

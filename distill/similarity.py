@@ -147,6 +147,20 @@ def check_pairs(caller: str, student: Tensor, teacher: Tensor) -> None:
         )
 
 
+def check_tensor(caller: str, value: object, role: str) -> None:
+    """TypeError for what is no tensor, as the arrays that SentenceTransformer.encode gives unless it is told otherwise."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{caller} takes {role} as a torch.Tensor, got {type(value).__module__}.{type(value).__name__}. "
+            "Give torch.as_tensor(...)."
+        )
+
+
 def _check_matrix(caller: str, matrix: Tensor, role: str) -> None:
+    check_tensor(caller, matrix, role)
+    if not (matrix.is_floating_point() and matrix.shape[-1:] != (0,)):
+        raise ValueError(
+            f"{caller} takes {role} as vectors of floating point numbers, got {matrix.dtype} {tuple(matrix.shape)}."
+        )
     if matrix.ndim != 2:
         raise ValueError(f"{caller} expects {role} as rows of vectors (rows, width), got shape {tuple(matrix.shape)}.")

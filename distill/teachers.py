@@ -19,6 +19,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from distill.alignment import generalised_procrustes, nearest_rotation, principal_directions
 from distill.data import load_texts
 from distill.encoder import Encoder
-from distill.errors import DistillError, RecipeError
+from distill.errors import RecipeError, reported
 from distill.store import Store, text_keys
 from distill.store.joining import Join, Joined, Sources, read_together, write_joined
 
@@ -143,13 +144,11 @@ def turned_mean_matrix(sources: Sources) -> Float[Tensor, "w e"]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """python -m distill.teachers STORE STORE2 ... --output NEW"""
-    options = _parser().parse_args(arguments)
-    try:
-        joined = _join(options)
-    except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(joined)
+    return reported(partial(_print_joined, _parser().parse_args(arguments)))
+
+
+def _print_joined(options: argparse.Namespace) -> int:
+    print(_join(options))
     return 0
 
 

@@ -21,10 +21,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill.errors import DistillError, IntegrityError, RecipeError, ResourceError
+from distill.errors import DistillError, IntegrityError, RecipeError, reported
 from distill.training.comparing import compare, last_logged, saved_steps
 
 
@@ -66,17 +67,15 @@ class RunFailed(DistillError):
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        trial = _trial(options)
-        with _working_folder(options.folder) as folder:
-            return _verify(trial, folder)
-    except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ResourceError.exit_code
+        return reported(partial(_try, options))
     except KeyboardInterrupt:
         return 130
+
+
+def _try(options: argparse.Namespace) -> int:
+    trial = _trial(options)
+    with _working_folder(options.folder) as folder:
+        return _verify(trial, folder)
 
 
 def _parser() -> argparse.ArgumentParser:

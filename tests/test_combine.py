@@ -1,5 +1,7 @@
 """Sums of losses against their terms, and one loss at several widths."""
 
+import pickle
+
 import oracles
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill import losses
-from distill.losses import Matryoshka, WeightedSum, constant, cross_kl, linear_decay
+from distill.losses import CosineDistance, GramMSE, Matryoshka, WeightedSum, constant, cross_kl, linear_decay
 
 
 def terms() -> dict[str, torch.nn.Module]:
@@ -151,7 +153,7 @@ def test_bank_and_progress_reach_what_is_inside() -> None:
     assert inner.progress == 0.5
     assert outer.uses_bank
     Matryoshka(losses.GramMSE(), [4]).set_progress(0.5)
-    ignored = Matryoshka(losses.GramMSE(), [4])(rows(), rows(), rows(), keys=torch.arange(5))
+    ignored = Matryoshka(losses.GramMSE(), [4])(rows(), rows(), keys=torch.arange(5))
     assert ignored.isfinite()
 
 
@@ -202,3 +204,26 @@ def test_the_terms_of_a_sum_fade_at_every_width() -> None:
             for w in (2, 8)
         )
         assert float(nested(student, teacher)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_sums_can_be_pickled() -> None:
+    schedules = {"twin": linear_decay(1.0, until=0.5), "gram": 2.0}
+    one = WeightedSum({"twin": CosineDistance(), "gram": GramMSE()}, schedules)
+    other = pickle.loads(pickle.dumps(one))
+    for progress in (0.0, 0.3, 0.9):
+        one.set_progress(progress)
+        other.set_progress(progress)
+        assert one.weights() == other.weights()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_bank_that_nothing_uses_is_refused() -> None:
+    for loss in (WeightedSum({"twin": CosineDistance()}), Matryoshka(cross_kl, (4, 8)), Matryoshka(GramMSE(), (4, 8))):
+        with pytest.raises(ValueError, match=r"got a bank, and none of its losses has `uses_bank`\. Give the Module"):
+            loss(torch.randn(5, 8), torch.randn(5, 8), torch.randn(3, 8))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_terms_have_names() -> None:
+    with pytest.raises(TypeError, match=r'losses by name, \{"twin": CosineDistance\(\)\}, got list'):
+        WeightedSum([CosineDistance()])  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,10 @@ from distill.embed import default_store, embed, embed_vocabulary, import_vectors
 from distill.embed.taking import main
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, NumericsError, RecipeError, ResourceError
+from distill.evaluation import EvaluationData, evaluate
 from distill.modules import Tokens
 from distill.store import GOOD, NO_TOKENS, NOT_FINITE, Store, compression, text_keys
+from distill.students import fit_projection
 from distill.training import match
 
 
@@ -136,13 +139,45 @@ def test_a_bf16_vector_that_is_not_finite_is_computed_once_more(
     assert (store.flags == GOOD).all()
 
 
-@pytest.mark.parametrize(("value", "message"), [(1.0, "the same vector for all"), (float("nan"), "no finite vector")])
+@pytest.mark.parametrize(
+    ("value", "message"), [(1.0, "the same vector for all"), (float("nan"), "no vector that is finite")]
+)
 def test_a_teacher_without_information_is_refused(
     teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, message: str
 ) -> None:
     monkeypatch.setattr(teacher, "compute", lambda tokens: torch.full((len(tokens), teacher.width), value))
     with pytest.raises(NumericsError, match=message):
         embed(runs.texts(20), teacher, tmp_path)
+
+
+def test_one_text_is_no_list_of_its_letters(teacher: Encoder, tmp_path: Path) -> None:
+    stored = embed(runs.texts(20), teacher, tmp_path)
+    student = runs.student("static", teacher)
+    for call in (
+        lambda: embed("hello", teacher, tmp_path),
+        lambda: match("hello", student, teacher, stored),
+        lambda: match({"query": "hello"}, student, teacher, stored),
+        lambda: fit_projection(student, "hello", torch.zeros(1, teacher.width)),
+        lambda: evaluate({"student": student}, teacher, EvaluationData(texts="hello"), store=tmp_path),
+    ):
+        with pytest.raises(DataError, match=r"got one text, 'hello'\. Put it in a list"):
+            call()
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_teacher_whose_vectors_lie_on_one_line_is_refused(
+    teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directions: int
+) -> None:
+    base = torch.randn(directions, teacher.width)
+
+    def compute(tokens: Tokens) -> torch.Tensor:
+        vectors = torch.randn(len(tokens), directions) @ base
+        vectors[0] = 0  # says nothing, of either kind
+        return vectors
+
+    monkeypatch.setattr(teacher, "compute", compute)
+    with pytest.raises(NumericsError, match="one line") if directions < 2 else nullcontext():
+        embed(runs.texts(200), teacher, tmp_path)
 
 
 def test_the_mode_of_the_teacher_does_not_matter(teacher: Encoder, tmp_path: Path) -> None:

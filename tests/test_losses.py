@@ -1,5 +1,6 @@
 """All losses in one table: what every loss must satisfy is tested here for each of its rows."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -390,3 +391,25 @@ def test_the_module_is_the_function(case: Case) -> None:
     assert module.uses_bank == type(module).uses_bank == case.crosses
     assert not list(module.parameters())
     assert all(f"{name}={value}" in repr(module) for name, value in case.options.items())
+
+
+@pytest.mark.parametrize("name", [name for name in losses.__all__ if inspect.isclass(getattr(losses, name))])
+def test_every_module_says_what_it_is(name: str) -> None:
+    assert vars(getattr(losses, name)).get("__doc__")
+
+
+@every_loss
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_tensor_of_vectors_is_refused(case: Case) -> None:
+    student, teacher = inputs(case, 4)
+    with pytest.raises(TypeError, match=r"teacher as a torch\.Tensor, got numpy\.ndarray"):
+        case(student, teacher.detach().numpy())
+    with pytest.raises(TypeError, match=r"student as a torch\.Tensor, got builtins\.list"):
+        case(student.tolist(), teacher)
+    with pytest.raises(ValueError, match=r"got torch\.int64"):
+        case(student.long(), teacher)
+    with pytest.raises(ValueError, match=r"floating point numbers, got .* \(4, 0\)"):
+        case(student[:, :0], teacher[:, :0])
+    if case.crosses:
+        with pytest.raises(TypeError, match=r"keys as a torch\.Tensor"):
+            case(student, teacher, keys=[1, 2, 3, 4])

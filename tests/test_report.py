@@ -41,7 +41,7 @@ def scores() -> Scores:
 @pytest.fixture
 def run(tiny_bert: Path) -> Run:
     student = Encoder.from_pretrained(tiny_bert)
-    return Run(student, 160, 12.3, 4000.0, 0.1, Path("runs/mine"), "4,000 texts, 3.0% cut by the teacher")
+    return Run(student, 160, 12.3, 4000.0, 0.1, Path("runs/mine"), "4,000 texts, 3.0% cut by the student")
 
 
 def test_the_summary_fits_the_screen_and_says_what_a_user_asks(scores: Scores, run: Run) -> None:

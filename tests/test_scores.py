@@ -320,3 +320,9 @@ def test_compiles_whole_and_once_for_every_size() -> None:
     """In a process of its own: the shape checks of the tests cannot be compiled."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_temperature_is_not_learned() -> None:
+    with pytest.raises(TypeError, match="takes temperature as a number, got a tensor: it is not learned"):
+        score_kl(torch.randn(2, 3), torch.randn(2, 3), temperature=torch.nn.Parameter(torch.tensor(0.7)))  # type: ignore[arg-type]

@@ -760,6 +760,16 @@ def test_the_bank_of_the_hard_stage_is_the_neighbours_of_the_batch(model: str, s
         assert len(set(bank)) == 16
 
 
+@pytest.mark.parametrize(("loss", "said"), [("cosine", True), ("contrastive", False)])
+def test_a_bank_that_the_loss_does_not_use_is_told(
+    loss: str, said: bool, model: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.small_run(model, tmp_path, store=store, loss=loss, bank_size=16, steps=1, resume=True)
+    err = capsys.readouterr().err
+    assert ("no bank of 16 rows: the loss uses none" in err) == said
+    assert f"no checkpoint in {tmp_path / 'checkpoints'}: from the first step" in err
+
+
 def test_the_hard_stage_needs_a_loss_with_a_bank(model: str, store: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--train.hard-stage fills the bank of a loss, and this one uses none"):
         runs.small_run(model, tmp_path, store=store, loss="cosine", bank_size=16, hard_stage=0.5)

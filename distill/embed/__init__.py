@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,12 +15,15 @@ from distill import distributed, similarity
 from distill.embed.job import Job, tidy
 from distill.embed.places import default_store, lacks_codec, make_compressed, place, prepare
 from distill.embed.taking import import_vectors
-from distill.encoder import Encoder, Tokenized
+from distill.encoder import Encoder, Tokenized, distinct
 from distill.errors import NumericsError
 from distill.identity import computing, computing_tokens
-from distill.store import Store, text_keys
+from distill.metrics import effective_rank
+from distill.store import GOOD, Store, text_keys
 
 __all__ = ["default_store", "embed", "embed_vocabulary", "import_vectors"]
+
+DIRECTIONS = 256  # texts whose vectors are to fill more than one direction
 
 
 def embed(
@@ -42,9 +45,10 @@ def embed(
 
     `store_as` is the format of a store that is made now: float16, int8, pca-K or pca-K-int8 (`store.compression`); None: float16.
     To fit it, 16,384 of the texts are embedded before the others, once. RecipeError if the store that stands has another.
-    `path=None` is `default_store(teacher)`. NumericsError if the teacher gives (nearly) the same vector for all texts.
+    `path=None` is `default_store(teacher)`. NumericsError if the teacher gives (nearly) the same vector for all texts, or
+    vectors on one line, which is looked at on the first 1,000.
     """
-    texts, prompt = list(dict.fromkeys(texts)), teacher.prompt(role)
+    texts, prompt = distinct(texts), teacher.prompt(role)
     keys, compute = text_keys(texts, prompt=prompt), computing(teacher, texts, role)
     path = place(path, teacher, keys, compute, store_as)
     if store_as and distributed.main_first(partial(lacks_codec, path, store_as, teacher.width)):
@@ -56,7 +60,7 @@ def embed(
         store = job.run(path)
     else:
         distributed.main_first(partial(tidy, store))
-    _refuse_collapsed(store.take(store.find(keys[:1000])), teacher.name)
+    _refuse_collapsed(store, store.find(keys[:1000]), teacher.name)
     return store
 
 
@@ -81,15 +85,18 @@ def _single_tokens(teacher: Encoder, names: Sequence[str]) -> Tokenized:
     return Tokenized(tokens, [False] * len(names), [False] * len(names))
 
 
-def _refuse_collapsed(vectors: Float[Tensor, "n e"], name: str) -> None:
-    if len(vectors) < 8:
+def _refuse_collapsed(store: Store, rows: np.ndarray, name: str) -> None:
+    if len(rows) < 8:
         return
-    finite = vectors[torch.isfinite(vectors).all(dim=1)]
-    if len(finite) < 2:
-        raise NumericsError(f"{name} gives no finite vector for {len(vectors) - len(finite)} of {len(vectors)} texts.")
-    spread = similarity.normalize(finite).std(dim=0).max()
-    if not spread > 1e-6:
+    good = rows[store.flags[rows] == GOOD]
+    if len(good) < 2:
         raise NumericsError(
-            f"{name} gives the same vector for all of {len(finite)} texts (largest deviation of a coordinate {float(spread):.1e}). "
+            f"{name} gives no vector that is finite and not 0 for {len(rows) - len(good)} of {len(rows)} texts."
+        )
+    unit = similarity.normalize(store.take(good))
+    spread, centred = unit.std(dim=0).max(), unit - unit.mean(dim=0)
+    if not spread > 1e-6 or effective_rank(centred[:DIRECTIONS]) < 1.1:
+        raise NumericsError(
+            f"{name} gives the same vector for all of {len(good)} texts, or vectors on one line (largest deviation of a coordinate {float(spread):.1e}). "
             "There is nothing to learn from it: check its weights, pooling and prompt."
         )

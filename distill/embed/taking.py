@@ -1,8 +1,8 @@
 """Vectors that somebody has already, of an index say, as a teacher's store."""
 
 import argparse
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from distill.data import load_texts
 from distill.embed.job import flags_of
 from distill.embed.places import prepare
 from distill.encoder import Encoder
-from distill.errors import DataError, DistillError, IntegrityError
+from distill.errors import DataError, IntegrityError, reported
 from distill.identity import computing
 from distill.store import Rows, Store, text_keys
 from distill.store.shards import SHARD_ROWS, Shard
@@ -96,14 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=None,
         help="whose prompt of the model the vectors were made with",
     )
-    options = parser.parse_args(arguments)
-    try:
-        teacher = Encoder.from_pretrained(options.teacher, max_length=options.max_length)
-        texts = load_texts(options.texts, column=options.column, unique=False).texts
-        store = import_vectors(texts, _read_array(options.vectors), teacher, options.path, role=options.role)
-    except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return reported(partial(_take, parser.parse_args(arguments)))
+
+
+def _take(options: argparse.Namespace) -> int:
+    teacher = Encoder.from_pretrained(options.teacher, max_length=options.max_length)
+    texts = load_texts(options.texts, column=options.column, unique=False).texts
+    store = import_vectors(texts, _read_array(options.vectors), teacher, options.path, role=options.role)
     print(f"{options.path}: {len(store):,} vectors of width {store.width}")
     return 0
 

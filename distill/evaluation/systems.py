@@ -12,7 +12,7 @@ from torch import Tensor
 from distill import distributed
 from distill.data import Labelled, Pairs, Retrieval
 from distill.embed import embed
-from distill.encoder import Encoder
+from distill.encoder import Encoder, distinct
 from distill.errors import DataError, RecipeError
 from distill.evaluation.closeup import Closeup, closeup
 from distill.evaluation.fidelity import Reference, is_headline
@@ -86,11 +86,13 @@ def evaluate(
     is what a student is compared with, and its index is searched. Cost: one pass of each student over the data, and
     of the teacher over what is not stored.
     """
+    if isinstance(students, Encoder):
+        raise TypeError('evaluate takes students by name, {"student": student}, got an Encoder.')
     if "teacher" in students or any(" -> " in name for name in students):
         raise RecipeError(f'a student is not named "teacher" nor with an arrow, got {", ".join(students)}.')
     joined = None if several is None or several.keeps_index else several
     reader = _stored(teacher, store) if joined is None else _once(joined.encode)
-    texts = list(dict.fromkeys(data.texts))
+    texts = distinct(data.texts)
     reference = _reference(texts, reader, teacher, data.role) if texts else None
     table = {"teacher": _labels_scores(reader, data) | _retrieval_scores(reader, [reader], data)}
     slices: dict[str, list[Slice]] = {}

@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from distill import files
 from distill.data import load_texts
 from distill.docstrings import docstring_pairs
 from distill.encoder import Encoder
-from distill.errors import DistillError, RecipeError, ResourceError
+from distill.errors import RecipeError, reported
 from distill.export import onnx
 from distill.export.card import with_section
 from distill.export.upload import Upload, push
@@ -21,21 +22,17 @@ TEXTS = 500  # that an ONNX file is measured on
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """python -m distill.export FOLDER [--truncate-dim N] [--onnx [--int8]] [--push-to-hub ORG/NAME]"""
-    options = _parser().parse_args(arguments)
-    try:
-        _check(options)
-        if options.truncate_dim is not None:
-            _truncate(options.folder, options.truncate_dim)
-        if options.onnx:
-            _write_onnx(options.folder, options.texts, int8=options.int8)
-        if options.push_to_hub:
-            _upload(options)
-    except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ResourceError.exit_code
+    return reported(partial(_hand_on, _parser().parse_args(arguments)))
+
+
+def _hand_on(options: argparse.Namespace) -> int:
+    _check(options)
+    if options.truncate_dim is not None:
+        _truncate(options.folder, options.truncate_dim)
+    if options.onnx:
+        _write_onnx(options.folder, options.texts, int8=options.int8)
+    if options.push_to_hub:
+        _upload(options)
     return 0
 
 

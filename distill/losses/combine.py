@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -10,20 +11,30 @@ Schedule = Callable[[float], float]
 
 
 def constant(weight: float) -> Schedule:
-    return lambda progress: weight
+    """The same weight all along."""
+    return partial(_same, weight)
 
 
 def linear_decay(start: float, until: float = 0.5) -> Schedule:
     """From `start` in a straight line to 0 at progress `until`, and 0 from there on."""
     if not 0 < until <= 1:
         raise ValueError(f"linear_decay reaches 0 at a progress in (0, 1], got until={until}.")
-    return lambda progress: start * max(0.0, 1 - progress / until)
+    return partial(_falling, start, until)
+
+
+def _same(weight: float, progress: float) -> float:
+    return weight
+
+
+def _falling(start: float, until: float, progress: float) -> float:
+    return start * max(0.0, 1 - progress / until)
 
 
 class WeightedSum(nn.Module):
     """The sum over terms of weight * term, each weight a number or a schedule of the run's progress in [0, 1].
 
-    Without `weights` every term counts 1. A term whose weight is 0 at this progress is not computed. Bank and keys reach only terms with `uses_bank`.
+    Without `weights` every term counts 1. A term whose weight is 0 at this progress is not computed. Bank and keys reach only
+    terms with `uses_bank`; ValueError for a bank if there is none.
     """
 
     progress: float
@@ -32,6 +43,10 @@ class WeightedSum(nn.Module):
 
     def __init__(self, terms: Mapping[str, nn.Module], weights: Mapping[str, float | Schedule] | None = None) -> None:
         super().__init__()
+        if not isinstance(terms, Mapping):
+            raise TypeError(
+                f'WeightedSum takes losses by name, {{"twin": CosineDistance()}}, got {type(terms).__name__}.'
+            )
         weights = dict.fromkeys(terms, 1.0) if weights is None else weights
         if not terms or terms.keys() != weights.keys():
             raise ValueError(f"WeightedSum needs a weight for every term, got {[*terms]} and weights {[*weights]}.")
@@ -71,6 +86,7 @@ class WeightedSum(nn.Module):
         keys: Int[Tensor, "b"] | None = None,
         bank_keys: Int[Tensor, "n"] | None = None,
     ) -> Float[Tensor, ""]:
+        _check_bank("WeightedSum", bank, self.uses_bank)
         cross = {"bank": bank, "keys": keys, "bank_keys": bank_keys}
         weights = {name: weight for name, weight in self.weights().items() if weight}
         values = {
@@ -132,6 +148,7 @@ class Matryoshka(nn.Module):
         keys: Int[Tensor, "b"] | None = None,
         bank_keys: Int[Tensor, "n"] | None = None,
     ) -> Float[Tensor, ""]:
+        _check_bank("Matryoshka", bank, self.uses_bank)
         full = student.shape[-1]
         if max(self.widths) > full:
             raise ValueError(
@@ -152,6 +169,14 @@ class Matryoshka(nn.Module):
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, weights={self.weights}"
+
+
+def _check_bank(caller: str, bank: Tensor | None, used: bool) -> None:
+    if bank is not None and not used:
+        raise ValueError(
+            f"{caller} got a bank, and none of its losses has `uses_bank`. Give the Module of a loss that takes one: "
+            "CrossKL(), not cross_kl."
+        )
 
 
 def _uses_bank(loss: nn.Module) -> bool:

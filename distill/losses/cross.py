@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.similarity import check_pairs, check_widths
+from distill.similarity import check_pairs, check_tensor, check_widths
 from distill.streaming import contrastive, divergence, moments
 
 
@@ -92,14 +92,18 @@ def _check_columns(
     check_widths(caller, student, teacher)
     if bank is not None:
         check_widths(caller, student, bank, "bank")
-    _check_keys(caller, "keys", keys, len(student))
-    _check_keys(caller, "bank_keys", bank_keys, 0 if bank is None else len(bank))
+    check_keys(caller, "keys", keys, len(student))
+    check_keys(caller, "bank_keys", bank_keys, 0 if bank is None else len(bank))
     if bank_keys is not None and (keys is None or bank is None):
         raise ValueError(f"{caller} got bank_keys without {'keys' if keys is None else 'bank'}. Give both, or neither.")
 
 
-def _check_keys(caller: str, name: str, keys: Tensor | None, rows: int) -> None:
-    if keys is not None and (keys.shape != (rows,) or keys.is_floating_point() or keys.dtype == torch.bool):
+def check_keys(caller: str, name: str, keys: Tensor | None, rows: int) -> None:
+    """An integer for each row, if there are any."""
+    if keys is None:
+        return
+    check_tensor(caller, keys, name)
+    if keys.shape != (rows,) or keys.is_floating_point() or keys.dtype == torch.bool:
         raise ValueError(
             f"{caller} needs one integer of {name} for each of {rows} rows, got {keys.dtype} {tuple(keys.shape)}."
         )
@@ -113,16 +117,25 @@ def _check_margin(caller: str, margin: float | None) -> None:
         )
 
 
-def check_temperatures(caller: str, temperature: float, teacher_temperature: float | None = None) -> None:
+def check_temperatures(
+    caller: str,
+    temperature: float,
+    teacher_temperature: float | None = None,
+    *,
+    of: str = "cosines",
+    usual: float = 0.05,
+) -> None:
     named = {"temperature": temperature, "teacher_temperature": teacher_temperature}
     for name, value in named.items():
         if isinstance(value, Tensor):
             raise TypeError(f"{caller} takes {name} as a number, got a tensor: it is not learned. Give {name}.item().")
         if value is not None and not (0 < value < math.inf):
-            raise ValueError(f"{caller} divides cosines by {name}: it must be above 0, got {value}. Try 0.05.")
+            raise ValueError(f"{caller} divides {of} by {name}: it must be above 0, got {value}. Try {usual}.")
 
 
 class CrossKL(nn.Module):
+    """`cross_kl` as a Module, which keeps its temperatures."""
+
     uses_bank: ClassVar[bool] = True
     runs_on_shares: ClassVar[bool] = True
 
@@ -155,6 +168,8 @@ class CrossKL(nn.Module):
 
 
 class CrossContrastive(nn.Module):
+    """`cross_contrastive` as a Module, which keeps its temperature, direction and margin."""
+
     uses_bank: ClassVar[bool] = True
     runs_on_shares: ClassVar[bool] = True
 
@@ -193,6 +208,8 @@ class CrossContrastive(nn.Module):
 
 
 class CrossMSE(nn.Module):
+    """`cross_mse` as a Module."""
+
     uses_bank: ClassVar[bool] = True
     runs_on_shares: ClassVar[bool] = True
 

@@ -69,6 +69,8 @@ def _check_margin(caller: str, margin: float) -> None:
 
 
 class RKDDistance(nn.Module):
+    """`rkd_distance` as a Module."""
+
     uses_bank: ClassVar[bool] = False
     runs_on_shares: ClassVar[bool] = True
 
@@ -77,6 +79,8 @@ class RKDDistance(nn.Module):
 
 
 class RKDAngle(nn.Module):
+    """`rkd_angle` as a Module, which keeps its number of anchors."""
+
     uses_bank: ClassVar[bool] = False
     runs_on_shares: ClassVar[bool] = True
 
@@ -93,6 +97,8 @@ class RKDAngle(nn.Module):
 
 
 class RankHinge(nn.Module):
+    """`rank_hinge` as a Module, which keeps its margin."""
+
     uses_bank: ClassVar[bool] = False
     runs_on_shares: ClassVar[bool] = True
 

@@ -34,6 +34,8 @@ def _check_twins(caller: str, student: Tensor, teacher: Tensor) -> None:
 
 
 class CosineDistance(nn.Module):
+    """`cosine_distance` as a Module."""
+
     uses_bank: ClassVar[bool] = False
     runs_on_shares: ClassVar[bool] = True
 
@@ -42,6 +44,8 @@ class CosineDistance(nn.Module):
 
 
 class EmbeddingMSE(nn.Module):
+    """`embedding_mse` as a Module."""
+
     uses_bank: ClassVar[bool] = False
     runs_on_shares: ClassVar[bool] = True
 

@@ -64,6 +64,8 @@ def cka(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b e"]) -> Float[T
 
 
 class GramMSE(nn.Module):
+    """`gram_mse` as a Module."""
+
     uses_bank: ClassVar[bool] = False
     runs_on_shares: ClassVar[bool] = True
 
@@ -72,6 +74,8 @@ class GramMSE(nn.Module):
 
 
 class GramKL(nn.Module):
+    """`gram_kl` as a Module, which keeps its temperatures."""
+
     uses_bank: ClassVar[bool] = False
     runs_on_shares: ClassVar[bool] = True
 
@@ -88,6 +92,8 @@ class GramKL(nn.Module):
 
 
 class SimilarityPreserving(nn.Module):
+    """`similarity_preserving` as a Module."""
+
     uses_bank: ClassVar[bool] = False
     runs_on_shares: ClassVar[bool] = True
 
@@ -96,6 +102,8 @@ class SimilarityPreserving(nn.Module):
 
 
 class CKA(nn.Module):
+    """`cka` as a Module."""
+
     uses_bank: ClassVar[bool] = False
     runs_on_shares: ClassVar[bool] = True
 

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distill.losses.cross import check_temperatures
+
 
 def score_kl(
     student_scores: Float[Tensor, "q k"],
@@ -27,7 +29,7 @@ def score_kl(
     The gradient keeps its digits where s is close to t; there is no second derivative. O(q * k).
     Cao et al. 2007 (ListNet); Hinton et al. 2015.
     """
-    _check_temperatures("score_kl", temperature, teacher_temperature)
+    check_temperatures("score_kl", temperature, teacher_temperature, of="scores", usual=1.0)
     student, teacher, absent = _candidates("score_kl", student_scores, teacher_scores)
     scaled = teacher * (temperature / (teacher_temperature or temperature))  # 1 where both are the same: nothing rounds
     best = teacher.masked_fill(absent, -math.inf).argmax(-1, keepdim=True)
@@ -118,18 +120,14 @@ def _exponential_above_tangent(x: Float[Tensor, "q k"]) -> Float[Tensor, "q k"]:
     return series * x * x
 
 
-def _check_temperatures(caller: str, temperature: float, teacher_temperature: float | None) -> None:
-    for name, value in {"temperature": temperature, "teacher_temperature": teacher_temperature}.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{caller} divides scores by {name}: it must be above 0, got {value}. Try 1.0.")
-
-
 class ScoreKL(nn.Module):
+    """`score_kl` as a Module, which keeps its temperatures."""
+
     uses_bank: ClassVar[bool] = False
 
     def __init__(self, *, temperature: float = 1.0, teacher_temperature: float | None = None) -> None:
         super().__init__()
-        _check_temperatures("ScoreKL", temperature, teacher_temperature)
+        check_temperatures("ScoreKL", temperature, teacher_temperature, of="scores", usual=1.0)
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
 
     def forward(self, student_scores: Float[Tensor, "q k"], teacher_scores: Float[Tensor, "q k"]) -> Float[Tensor, ""]:
@@ -145,6 +143,8 @@ class ScoreKL(nn.Module):
 
 
 class MarginMSE(nn.Module):
+    """`margin_mse` as a Module."""
+
     uses_bank: ClassVar[bool] = False
 
     def forward(self, student_scores: Float[Tensor, "q k"], teacher_scores: Float[Tensor, "q k"]) -> Float[Tensor, ""]:

@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from distill.losses.cross import check_keys
 from distill.similarity import cosine_similarity_matrix
 
 # What is asked of an embedding model are lists of 10 to 100: at 30 a row of the teacher ranks those and all but leaves the
@@ -82,12 +83,8 @@ def _left_out(
 def _check_keys(keys: Tensor | None, bank_keys: Tensor | None, rows: int, bank_rows: int) -> None:
     if bank_keys is not None and keys is None:
         raise ValueError("calibrate_temperature got bank_keys without keys. Give both, or neither.")
-    for name, given, count in (("keys", keys, rows), ("bank_keys", bank_keys, bank_rows)):
-        if given is not None and (given.shape != (count,) or given.is_floating_point()):
-            raise ValueError(
-                f"calibrate_temperature needs one integer of {name} for each of {count} rows, got {given.dtype} "
-                f"{tuple(given.shape)}."
-            )
+    check_keys("calibrate_temperature", "keys", keys, rows)
+    check_keys("calibrate_temperature", "bank_keys", bank_keys, bank_rows)
 
 
 def _check_perplexity(perplexity: float, cosines: Float[Tensor, "q n"]) -> None:

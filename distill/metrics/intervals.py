@@ -44,6 +44,7 @@ class Difference:
 
 
 def mean(values: Float[Tensor, "*samples n"]) -> Float[Tensor, "*samples"]:
+    """Over the last axis: the statistic of an interval if no other is given."""
     return values.mean(-1)
 
 

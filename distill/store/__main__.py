@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from distill.data import load_texts
-from distill.errors import DistillError, IntegrityError, ResourceError
+from distill.errors import IntegrityError, reported
 from distill.store import FLAG_NAMES, Store, compress, shards, verify, write_parquet
 from distill.store.shards import forget
 
@@ -15,18 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """python -m distill.store info|verify|repair|compress|export: see the package's text."""
     options = _parser().parse_args(arguments)
     commands = {"info": _print_info, "verify": _print_verify, "repair": _repair}
-    try:
-        if options.command == "compress":
-            return _compress(options.path, options.new, options.form)
-        if options.command == "export":
-            return _export(options)
-        return commands[options.command](options.path)
-    except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ResourceError.exit_code
+    if options.command == "compress":
+        return reported(partial(_compress, options.path, options.new, options.form))
+    if options.command == "export":
+        return reported(partial(_export, options))
+    return reported(partial(commands[options.command], options.path))
 
 
 def _parser() -> argparse.ArgumentParser:

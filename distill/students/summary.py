@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from distill.encoder import Encoder
+from distill.encoder import Encoder, refuse_one_text
 from distill.errors import RecipeError
 from distill.modules import StaticTable
 from distill.quantized import stored, table_tensors
@@ -60,7 +60,12 @@ def stored_bytes(student: Encoder) -> int:
 
 def texts_by_role(texts: Sequence[str] | Mapping[str, Sequence[str]]) -> list[tuple[str | None, Sequence[str]]]:
     """Texts with their role, in their order; texts alone have none."""
-    return list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
+    roles: list[tuple[str | None, Sequence[str]]] = (
+        list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
+    )
+    for _, some in roles:
+        refuse_one_text(some)
+    return roles
 
 
 def usable_rows(vectors: Float[Tensor, "n e"]) -> Bool[Tensor, " n"]:

@@ -110,7 +110,8 @@ def clear(folder: Path) -> None:
     for path in _steps(folder):
         files.remove_folder(path)
     files.remove_unfinished(folder, "step-*")
-    (folder / RECIPE).unlink(missing_ok=True)
+    if (folder / RECIPE).exists():
+        (folder / RECIPE).unlink()
 
 
 def _steps(folder: Path) -> list[Path]:

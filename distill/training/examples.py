@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill import distributed
-from distill.encoder import Encoder
+from distill.encoder import Encoder, distinct
 from distill.errors import DataError
 from distill.modules import Tokens
 from distill.store import FLAG_NAMES, GOOD, Store, text_keys
@@ -39,7 +39,7 @@ def match(
     by_role = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
     if not by_role:
         raise DataError("no texts to train on: the mapping of roles is empty.")
-    parts = [_part(list(dict.fromkeys(some)), role, student, teacher, store) for role, some in by_role]
+    parts = [_part(distinct(some), role, student, teacher, store) for role, some in by_role]
     ids = torch.cat([part.tokens.ids for part in parts])
     lengths = torch.cat([part.tokens.lengths for part in parts])
     rows = np.concatenate([part.rows for part in parts])
@@ -67,18 +67,16 @@ def _part(texts: list[str], role: str | None, student: Encoder, teacher: Encoder
     good = (flags == GOOD) & ~np.array(tokenized.empty, dtype=bool)
     notes = [f"{len(texts):,} texts" + (f" ({role})" if role else "")]
     notes += [
-        f"{int((flags == flag).sum())} left out: teacher vector {name}"
+        f"{int((flags == flag).sum())} left out: teacher vector {name}, first of {texts[int((flags == flag).argmax())]!r:.60}"
         for flag, name in FLAG_NAMES.items()
         if (flags == flag).any()
     ]
     unread = int(((flags == GOOD) & ~good).sum())
     notes += [f"{unread} left out: the student reads no token"] if unread else []
-    cut = np.array(tokenized.truncated), store.token_counts[rows] >= teacher.max_length
-    notes += [
-        f"{share.mean():.1%} cut by the {who}"
-        for who, share in zip(("student", "teacher"), cut, strict=True)
-        if share.any()
-    ]
+    cut = np.array(tokenized.truncated)
+    notes += [f"{cut.mean():.1%} cut by the student"] if cut.any() else []
+    full = store.token_counts[rows] >= teacher.max_length  # a store does not keep whether there was more
+    notes += [f"{full.mean():.1%} of the teacher's max_length or longer"] if full.any() else []
     chosen = np.flatnonzero(good)
     short = torch.from_numpy(keys[chosen, 0].view(np.int64))
     return Examples(

@@ -1,5 +1,6 @@
 """What each step is trained on: texts, their teacher vectors, and a bank of more of those, hard ones at last if asked for."""
 
+import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -34,8 +35,15 @@ class Feed:
         self.steps = steps
         self._neighbours: np.ndarray | None = None
         self._coming: Generator[list[_Read], None, None] | None = None
-        if config.hard_stage and not getattr(loss, "uses_bank", False):
+        if getattr(loss, "uses_bank", False):
+            return
+        if config.hard_stage:
             raise RecipeError("--train.hard-stage fills the bank of a loss, and this one uses none. Leave it out.")
+        if config.bank_size and distributed.is_main():
+            print(
+                f"no bank of {config.bank_size:,} rows: the loss uses none (CrossKL() does, cross_kl not)",
+                file=sys.stderr,
+            )
 
     def prepare(self) -> None:
         """Find the neighbours of the hard stage, if there is one to be. Cost: that of `mining.hard_neighbours`, once."""

@@ -6,6 +6,7 @@ number of processes. Every loss is the loss of the global batch (`distributed.gl
 
 import json
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -232,6 +233,8 @@ class _Loop:
             folder, self.student, self.adamw, accept=self._refuse_other, further=self._kept()
         )
         if found is None:
+            if distributed.is_main():
+                print(f"no checkpoint in {folder}: from the first step", file=sys.stderr)
             return 0, nothing
         distributed.main_first(partial(checkpoint.tidy, folder, found.step, self.config.keep_checkpoints))
         return found.step, found.state["last"]
