@@ -334,9 +334,17 @@ BAD = {
         2,
         ["sentence-transformers, EmbedDistillLoss cannot train", "--peer-seeds 0"],
     ),
+    "steps of its own": (
+        "compare_peers",
+        "--data x --train.steps 9 --train.save-every 3",
+        2,
+        ["--train.steps, --train.save-every would change nothing here", "--minutes"],
+    ),
     "no minutes": ("compare_peers", "--data x --minutes 0", 2, ["--minutes is above 0"]),
     "no such variant": ("ablate", "--data x --variants train.bank=3", 2, ["--train.bank"]),
     "variant of the data": ("ablate", "--data x --variants limit=3", 2, ["'limit=3' changes --limit, which all share"]),
+    "variant of the seed": ("ablate", "--data x --variants train.seed=5", 2, ["--train.seed", "--seeds"]),
+    "variant of resume": ("ablate", "--data x --variants train.resume", 2, ["'train.resume' changes --train.resume"]),
     "variant of nothing": ("ablate", "--data x --variants train.bank-size=4096", 2, ["changes nothing"]),
     "no such matrix": (
         "bench_losses",
