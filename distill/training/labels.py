@@ -48,21 +48,19 @@ class LabelConfig:
     warmup_fraction: float = 0.1
     """Share of the steps in which the rates rise from 0; a cosine brings them down again."""
     clip_norm: float | None = 1.0
-    """Largest norm of the encoder's gradient; None leaves it."""
+    """Largest norm of the encoder's gradient; 0 leaves it."""
     seed: int = 0
     """Of the order of texts."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "learning_rate", "proxy_learning_rate", "sigma_learning_rate", "clip_norm")
+        positive = ("epochs", "batch_size", "learning_rate", "proxy_learning_rate", "sigma_learning_rate")
         wrong = [
-            f"{name} is above 0, got {value}"
-            for name in positive
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf
+            f"{name} is above 0, got {value}" for name in positive if not 0 < (value := getattr(self, name)) < math.inf
         ]
         wrong += [
             f"{name} is 0 or more, got {value}"
-            for name in ("weight_decay", "distillation", "seed")
-            if not 0 <= (value := getattr(self, name)) < math.inf
+            for name in ("weight_decay", "distillation", "clip_norm", "seed")
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf
         ]
         if not 0 <= self.warmup_fraction <= 1:
             wrong.append(f"warmup_fraction is 0..1, got {self.warmup_fraction}")
