@@ -55,6 +55,7 @@ ORDER = [
     "unpadded",
     "modules",
     "folder",
+    "head_folder",
     "encoder",
     "students.summary",
     "students.blocks",

@@ -28,6 +28,7 @@ from forks import Forks
 from safetensors.torch import load_file, save_file
 
 from distill.encoder import Encoder
+from distill.head_folder import load_head
 from distill.sides import cut
 from distill.store import Store, text_keys
 
@@ -229,6 +230,11 @@ def write_files(folder: Path) -> dict[str, Path]:
     paths["no_model"] = folder / "no_model"
     paths["no_model"].mkdir()
     return paths
+
+
+def read_labelled(session: Session) -> list[tuple[str, str]]:
+    with Path(session.names["labelled"]).open(newline="") as file:
+        return [(text, label) for text, label in list(csv.reader(file))[1:]]
 
 
 def collapse(folder: Path) -> Path:
@@ -664,7 +670,13 @@ def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
     ran = session(job).all_is_well()
     report = ran.json("report.json")
     assert report == session("classify-all-one").json("report.json") | {"command": report["command"]}
-    assert {path.name for path in ran.output.iterdir()} == {"recipe.json", "report.json"}
+    assert {path.name for path in ran.output.iterdir()} == {"recipe.json", "report.json", "head"}
+    assert "requires_grad" not in ran.err
+    head, names = load_head(ran.output / "head")
+    texts, labels = zip(*read_labelled(session), strict=True)
+    found = head(Encoder.from_pretrained(session.names["bert"]).encode(texts))["logits"].argmax(dim=1).tolist()
+    right = [names[one] == label for one, label in zip(found, labels, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(report["accuracy"]["value"])
     assert report["accuracy"]["low"] <= report["accuracy"]["value"] <= report["accuracy"]["high"]
     assert report["accuracy"]["value"] > 2 / report["classes"]
     assert f"accuracy {report['accuracy']['value']:.3f}" in ran.out
@@ -673,11 +685,13 @@ def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
 @pytest.mark.parametrize("processes", ["one", "two"])
 def test_classify_trains_encoder_and_head_and_leaves_both(session: Session, processes: str) -> None:
     ran = session(f"classify-together-{processes}").all_is_well()
-    report, head = ran.json("report.json"), load_file(ran.output / "head.safetensors")
-    names = {"recipe.json", "report.json", "student", "head.safetensors", "metrics.jsonl"}
-    assert {path.name for path in ran.output.iterdir()} == names
-    assert head["weight"].shape == (report["classes"], Encoder.from_pretrained(ran.output / "student").width)
-    assert float(head["sigma"]) == report["sigma"]
+    report, (head, names) = ran.json("report.json"), load_head(ran.output / "head")
+    left = {"recipe.json", "report.json", "student", "head", "metrics.jsonl"}
+    assert {path.name for path in ran.output.iterdir()} == left
+    assert "requires_grad" not in ran.err
+    assert head.weight.shape == (len(names), Encoder.from_pretrained(ran.output / "student").width)
+    assert len(names) == report["classes"]
+    assert head.sigma.item() == report["sigma"]
     assert report["cosine_to_teacher"]["before"] == pytest.approx(1, abs=1e-4)  # it is its own teacher
     assert 0.5 < report["cosine_to_teacher"]["after"] < 1
     steps, alone = ran.metrics(), session("classify-together-one").metrics()
