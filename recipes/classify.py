@@ -12,7 +12,7 @@ OUTPUT/head opens by `head, names = distill.head_folder.load_head("runs/classify
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,9 +149,9 @@ def together(
     labels[~torch.isin(torch.tensor(rows), torch.tensor(chosen))] = NO_LABEL
     head = new_head(recipe, encoder.width, len(data.names))
     head.imprint(encode_everywhere(encoder, texts)[labels != NO_LABEL], labels[labels != NO_LABEL])
-    training, steps = LabelTraining(encoder, head, replace(recipe.labels, seed=recipe.seed)), []
+    training, steps = LabelTraining(encoder, head, recipe.labels.with_seed(recipe.seed)), []
     targets = store.vectors(texts, prompt=teacher.prompt(None))
-    training.fit(LabelledTexts(encoder.tokenize(texts).tokens, labels, targets), log=steps.append)
+    training.fit(LabelledTexts.read(encoder, texts, labels, targets), log=steps.append)
 
     cosines["after"] = float(pairwise_cosine(encode_everywhere(encoder, data.test.texts), held_out).mean())
     provenance = Provenance(teacher=teacher, data=recipe.train_data, loss=repr(training.config))

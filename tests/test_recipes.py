@@ -77,8 +77,8 @@ SMALL = {
     },
     "classify": {
         "all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --steps 20 --shots 8",
-        "together": "--train-data {labelled} --test-data {labelled} --encoder {bert} --shots 1 --train-encoder "
-        "--teacher.name {bert} --teacher.max-length 64 --labels.epochs 3 --labels.batch-size 24",
+        "together": "--train-data {labelled} --test-data {labelled} --encoder {asked} --shots 1 --train-encoder "
+        "--teacher.name {asked} --teacher.max-length 64 --labels.epochs 3 --labels.batch-size 24",
     },
     "incremental": {
         "all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --tasks 3 --memory 1 --seeds 0 1 "
@@ -258,6 +258,7 @@ def session(
     prompts = {"query": "How do I find ", "document": "Interest rates: "}
     models = {"bert": tiny_bert, "mpnet": tiny_mpnet, "collapsed": collapse(folder / "collapsed")}
     models["prompted"] = tiny.bert(folder / "prompted", layers=4, prompts=prompts)
+    models["asked"] = tiny.bert(folder / "asked", prompts={"sort": "Please cancel: "}, default_prompt_name="sort")
     session = Session(folder, models)
     if sum(item.path == Path(__file__) for item in request.session.items) > 10:
         for job in JOBS:
@@ -692,6 +693,7 @@ def test_classify_trains_encoder_and_head_and_leaves_both(session: Session, proc
     assert head.weight.shape == (len(names), Encoder.from_pretrained(ran.output / "student").width)
     assert len(names) == report["classes"]
     assert head.sigma.item() == report["sigma"]
+    assert ran.metrics()[0]["loss/teacher"] == pytest.approx(0, abs=1e-5)  # read with the prompt, as its teacher does
     assert report["cosine_to_teacher"]["before"] == pytest.approx(1, abs=1e-4)  # it is its own teacher
     assert 0.5 < report["cosine_to_teacher"]["after"] < 1
     steps, alone = ran.metrics(), session("classify-together-one").metrics()

@@ -5,8 +5,8 @@ vector: of the teacher, or what the encoder itself gave before it saw new classe
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,8 +49,8 @@ class LabelConfig:
     """Share of the steps in which the rates rise from 0; a cosine brings them down again."""
     clip_norm: float | None = 1.0
     """Largest norm of the encoder's gradient; 0 leaves it."""
-    seed: int = 0
-    """Of the order of texts."""
+    seed: int | None = None
+    """Of the order of texts; None: the recipe's."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "learning_rate", "proxy_learning_rate", "sigma_learning_rate")
@@ -67,6 +67,10 @@ class LabelConfig:
         if wrong:
             raise RecipeError("; ".join(wrong) + ".")
 
+    def with_seed(self, seed: int) -> "LabelConfig":
+        """The same with this seed, if it has none of its own."""
+        return replace(self, seed=seed) if self.seed is None else self
+
 
 @dataclass(frozen=True, eq=False)
 class LabelledTexts:
@@ -75,6 +79,19 @@ class LabelledTexts:
     tokens: Tokens
     labels: Int[Tensor, " n"]
     targets: Float[Tensor, "n d"] | None = None
+    texts: Sequence[str] | None = None
+    """To be quoted where training stops at one of them."""
+
+    @classmethod
+    def read(
+        cls,
+        encoder: Encoder,
+        texts: Sequence[str],
+        labels: Int[Tensor, " n"],
+        targets: Float[Tensor, "n d"] | None = None,
+    ) -> "LabelledTexts":
+        """Texts as `encoder.encode(texts)` reads them: with its default prompt."""
+        return cls(encoder.tokenize(texts, prompt=encoder.prompt(None)).tokens, labels, targets, texts)
 
     def __post_init__(self) -> None:
         sizes = [len(self.tokens), len(self.labels)] + ([] if self.targets is None else [len(self.targets)])
@@ -124,7 +141,7 @@ class LabelTraining:
         """
         if self.config.distillation and texts.targets is None:
             raise RecipeError("distillation above 0 pulls vectors to targets, and none were given: give some, or 0.")
-        size, seed = self.config.batch_size, self.config.seed
+        size, seed = self.config.batch_size, self.config.seed or 0
         steps = max(1, round(self.config.epochs * sampling.steps_per_epoch(len(texts), size, 1)))
         fixed = self.head.weight.detach()[: fixed_classes * self.head.nb_proxy].clone()
         bar = tqdm(range(steps), desc=progress, unit="step", delay=2, disable=None if distributed.is_main() else True)
