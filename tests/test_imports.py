@@ -104,6 +104,7 @@ ORDER = [
     "training.runlog",
     "training.gradient_cache",
     "training.gradients",
+    "training.finite",
     "training.settings",
     "training.execution",
     "training.averaging",

@@ -115,8 +115,31 @@ def test_what_cannot_be_trained_is_named(encoder: Encoder) -> None:
         LabelledTexts(tokens, LABELS, torch.ones(12, 4).index_fill(0, torch.tensor([7]), torch.nan))
     one = training(encoder)
     one.head.sigma.data.fill_(torch.nan)
-    with pytest.raises(NumericsError, match="step 1: the loss is nan"):
+    with pytest.raises(NumericsError, match=r"step 1: loss nan, gradient norm nan; stopped .* No rows"):
         one.fit(labelled(encoder, pulled=False))
+
+
+@pytest.mark.parametrize("part", ["head", "encoder"])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(encoder: Encoder, part: str) -> None:
+    one = training(encoder)
+    next(getattr(one, part).parameters()).register_hook(lambda gradient: gradient / 0)
+    before = copy.deepcopy([one.encoder.state_dict(), one.head.state_dict()])
+    with pytest.raises(NumericsError, match=r"step 1: loss \d.*, gradient norm (nan|inf).* No rows have a vector"):
+        one.fit(labelled(encoder, pulled=False))
+    for old, new in zip(before, (one.encoder.state_dict(), one.head.state_dict()), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    assert one.steps == 0
+
+
+def test_texts_whose_vector_is_not_finite_are_quoted(encoder: Encoder) -> None:
+    one = training(encoder, batch_size=12)
+    texts = LabelledTexts.read(one.encoder, TEXTS, LABELS)
+    alone = set(texts.tokens.rows(torch.tensor([5])).ids.tolist())
+    alone -= set(texts.tokens.rows(torch.tensor([row for row in range(12) if row != 5])).ids.tolist())
+    with torch.no_grad():
+        one.encoder.backbone.table[min(alone)] = torch.inf
+    with pytest.raises(NumericsError, match=r"1 rows have a vector that is not finite: 5 \('What is the capital"):
+        one.fit(texts)
 
 
 def test_training_reads_a_text_as_encoding_does(tiny_model: Callable[..., Path]) -> None:

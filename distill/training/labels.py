@@ -7,7 +7,7 @@ vector: of the teacher, or what the encoder itself gave before it saw new classe
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,10 @@ from distill.heads import CosineLinear, classification_loss, parameter_groups
 from distill.losses import cosine_distance
 from distill.modules import Tokens
 from distill.similarity import normalize
-from distill.training import sampling
+from distill.training import finite, sampling
 
 NO_LABEL = -1
+MOST_NAMED = 5  # rows in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,8 @@ class LabelTraining:
     ) -> None:
         """Train on the texts for config.epochs; the proxies of the first `fixed_classes` classes stay where they are.
 
-        `log` gets an entry a step: loss, loss/labels, loss/teacher, sigma.
+        `log` gets an entry a step: loss, loss/labels, loss/teacher, sigma. A loss or gradient that is not finite stops all
+        processes before the update: NumericsError.
         """
         if self.config.distillation and texts.targets is None:
             raise RecipeError("distillation above 0 pulls vectors to targets, and none were given: give some, or 0.")
@@ -167,15 +169,17 @@ class LabelTraining:
         if value.requires_grad:  # not on a process without a row of the batch
             value.backward()
         logged = {"loss": value, "loss/labels": parts["labels"], "loss/teacher": parts["teacher"]}
-        sums = _sum_over_processes(torch.stack([part.detach().float() for part in logged.values()])).tolist()
+        sums = _sum_over_processes(torch.stack([part.detach().float() for part in logged.values()]))
         self._exchange()
-        self._refuse_not_finite(sums[0])
-        nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.clip_norm or math.inf)
+        norm = self._clip()
+        if not finite.on_all_processes(sums[0], norm, self.encoder.device):
+            self._refuse(texts, rows, float(sums[0]), float(norm))
         self.optimizer.step()
         self.steps += 1
         sigma = {} if self.head.sigma is None else {"sigma": float(self.head.sigma.detach())}
         rate = self.config.learning_rate * rate
-        return {"step": self.steps, **dict(zip(logged, sums, strict=True)), **sigma, "lr": rate, "texts": len(rows)}
+        values = dict(zip(logged, sums.tolist(), strict=True))
+        return {"step": self.steps, **values, **sigma, "lr": rate, "texts": len(rows)}
 
     def _parts(self, texts: LabelledTexts, rows: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
         """This process's part of the batch's mean cross-entropy, over texts with a label, and of its mean cosine distance."""
@@ -202,17 +206,27 @@ class LabelTraining:
                     parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     dist.all_reduce(parameter.grad)
 
+    def _clip(self) -> Float[Tensor, ""]:
+        """Clip the encoder's gradient; the norm of the whole one as it was."""
+        encoder = nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.clip_norm or math.inf)
+        head = nn.utils.get_total_norm([p.grad for p in self.head.parameters() if p.grad is not None])
+        return torch.hypot(encoder, head)
+
     def _rate(self, progress: float) -> float:
         warmup = self.config.warmup_fraction
         return (
             progress / warmup if progress < warmup else (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
         )
 
-    def _refuse_not_finite(self, value: float) -> None:
-        if not math.isfinite(value):
-            raise NumericsError(
-                f"step {self.steps + 1}: the loss is {value}; stopped before the update. Lower the learning rates."
-            )
+    def _refuse(self, texts: LabelledTexts, rows: Int[Tensor, " b"], loss: float, norm: float) -> NoReturn:
+        """Name the first rows of the step whose vector is not finite, and stop."""
+        targets = None if texts.targets is None else texts.targets[rows]
+        bad = rows[finite.bad_rows(self.encoder, texts.tokens.rows(rows), targets)].tolist()
+        named = [f"{row} ({texts.texts[row][:60]!r})" if texts.texts else str(row) for row in bad[:MOST_NAMED]]
+        raise NumericsError(
+            f"{finite.stopped(self.steps + 1, loss, norm, len(bad))}{': ' if named else ''}{', '.join(named)}. Lower "
+            "--labels.learning-rate and the other rates, or leave the rows out."
+        )
 
 
 def herd(vectors: Float[Tensor, "n d"], labels: Int[Tensor, "n"], count: int) -> Int[Tensor, "k"]:
