@@ -172,7 +172,7 @@ def read(folder: Path) -> Parts:
             f"{folder} holds {' > '.join(kinds)}; expected Transformer > Pooling, or StaticEmbedding, and then "
             "any Dense and Normalize."
         )
-    settings = _read_json(folder / SETTINGS, {})
+    settings = read_json(folder / SETTINGS, {})
     cut = settings.get("truncate_dim")
     if cut is not None and (not isinstance(cut, int) or cut < 1):
         raise RecipeError(f"{folder}/{SETTINGS}: truncate_dim is 1 or more, or null, got {cut!r}.")
@@ -189,7 +189,7 @@ def read(folder: Path) -> Parts:
 def _modules(folder: Path) -> list[tuple[str, Path]]:
     """Kind and folder of each module, in their order."""
     bare = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
-    modules = _read_json(folder / "modules.json", bare, list)
+    modules = read_json(folder / "modules.json", bare, list)
     found = []
     for module in modules:
         path = module.get("path") if isinstance(module, dict) else None
@@ -222,7 +222,7 @@ def _read_static(folder: Path, options: dict[str, Any]) -> Parts:
     truncation = tokenizer.truncation
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    state = _load_weights(folder)
+    state = load_weights(folder)
     try:
         table = read_table(state)
     except ValueError as error:
@@ -237,7 +237,7 @@ def _read_static(folder: Path, options: dict[str, Any]) -> Parts:
 
 
 def _read_transformer(folder: Path, pooling_folder: Path | None, options: dict[str, Any]) -> Parts:
-    settings = _read_json(folder / "sentence_bert_config.json", {})
+    settings = read_json(folder / "sentence_bert_config.json", {})
     tokenizer, model = _load_transformer(folder)
     config = model.config
     two_halves = config.is_encoder_decoder and type(model).__name__ not in _ENCODERS.values()
@@ -262,7 +262,7 @@ def _read_transformer(folder: Path, pooling_folder: Path | None, options: dict[s
 def _load_transformer(folder: Path) -> tuple[Any, Any]:
     import transformers
 
-    config = _read_json(folder / "config.json", {})
+    config = read_json(folder / "config.json", {})
     if not config:
         raise IntegrityError(f"{folder}/config.json is missing or empty. Fetch the model again.")
     safe = {"local_files_only": True, "trust_remote_code": False}
@@ -315,7 +315,7 @@ def _quiet_transformers() -> Iterator[None]:
 def _read_pooling(folder: Path | None, hidden: int, prompts: Mapping[str, str]) -> Pooling:
     if folder and not (folder / "config.json").exists():
         raise IntegrityError(f"{folder}/config.json is missing: it says how to pool. Fetch the model again.")
-    config = _read_json(folder / "config.json", {}) if folder else {}
+    config = read_json(folder / "config.json", {}) if folder else {}
     modes: Any = config.get("pooling_mode") or _legacy_modes(config) or ["mean"]
     if any(prompts.values()) and not config.get("include_prompt", True):
         raise RecipeError(
@@ -335,7 +335,7 @@ def _legacy_modes(config: Mapping[str, Any]) -> list[str]:
 def _read_layer(kind: str, folder: Path) -> Dense | Normalize:
     if kind == "Normalize":
         return Normalize()
-    config = _read_json(folder / "config.json", {})
+    config = read_json(folder / "config.json", {})
     unsupported = [key for key in ("use_residual",) if config.get(key)]
     unsupported += [
         f"{key}={config[key]}"
@@ -345,7 +345,7 @@ def _read_layer(kind: str, folder: Path) -> Dense | Normalize:
     if unsupported:
         raise RecipeError(f"{folder}/config.json asks for {', '.join(unsupported)}, which distill's Dense does not do.")
     activation = _activation(config.get("activation_function", "torch.nn.modules.activation.Tanh"), folder)
-    weights = {name.removeprefix("linear."): value.float() for name, value in _load_weights(folder).items()}
+    weights = {name.removeprefix("linear."): value.float() for name, value in load_weights(folder).items()}
     try:
         layer = Dense(
             config["in_features"], config["out_features"], bias=config.get("bias", True), activation=activation
@@ -367,7 +367,8 @@ def _activation(path: str, folder: Path) -> nn.Module:
     raise RecipeError(f"{folder}/config.json names the activation {path!r}; only those of torch.nn are run.")
 
 
-def _load_weights(folder: Path) -> dict[str, Tensor]:
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """What its model.safetensors holds. IntegrityError if that is missing or damaged."""
     path = folder / "model.safetensors"
     if not path.exists():
         raise IntegrityError(
@@ -379,7 +380,8 @@ def _load_weights(folder: Path) -> dict[str, Tensor]:
         raise IntegrityError(f"{path} is damaged ({error}). Fetch the model again.") from error
 
 
-def _read_json(path: Path, default: Any, kind: type = dict) -> Any:
+def read_json(path: Path, default: Any, kind: type = dict) -> Any:
+    """A value of this kind, or the default if there is no such file. IntegrityError for anything else."""
     if not path.exists():
         return default
     try:

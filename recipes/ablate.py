@@ -14,7 +14,7 @@ from statistics import fmean
 from distill import cli, files
 from distill.benchmark import measuring
 from distill.benchmark.seeds import average
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
+from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out, unused
 from distill.data import load_texts
 from distill.embed import embed
 from distill.encoder import Encoder
@@ -66,6 +66,7 @@ class Recipe:
             raise RecipeError(f"--seeds are different numbers, got {self.seeds}.")
         if len({BASE, *self.variants}) <= len(self.variants):
             raise RecipeError(f"--variants are different, and none is {BASE!r}.")
+        unused("train", self.train, ("seed",), "--seeds are those of every variant.")
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
 
@@ -97,7 +98,9 @@ def main(recipe: Recipe) -> None:
 
 def variant(recipe: Recipe, flags: str) -> Recipe:
     one = cli.varied(recipe, " ".join(f"--{flag.strip()}" for flag in flags.split(",")))
-    if changed := [name for name in SHARED if getattr(one, name) != getattr(recipe, name)]:
+    changed = [name for name in SHARED if getattr(one, name) != getattr(recipe, name)]
+    changed += ["train.resume"] if one.train.resume != recipe.train.resume else []
+    if changed:
         flag = "--" + changed[0].replace("_", "-")
         raise RecipeError(
             f"--variants change --student, --loss and --train; {flags!r} changes {flag}, which all share."

@@ -4,19 +4,20 @@ With --train-encoder the encoder learns the labels too, and stays in the teacher
 
 The teacher's vectors need no label: texts that --shots leaves out are trained on all the same.
 
+OUTPUT/head opens by `head, names = distill.head_folder.load_head("runs/classify/head")`.
+
     accelerate launch recipes/classify.py --train-data train.csv --test-data test.csv --encoder runs/mine/student
     accelerate launch recipes/classify.py --train-data train.csv --test-data test.csv --encoder runs/mine/student \\
         --train-encoder
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from distill import cli, distributed, files
@@ -28,6 +29,7 @@ from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import encode_everywhere
 from distill.export import Provenance, export, this_command
+from distill.head_folder import save_head
 from distill.heads import CosineLinear, classification_loss, parameter_groups
 from distill.metrics import bootstrap_interval
 from distill.similarity import pairwise_cosine
@@ -89,7 +91,7 @@ def main(recipe: Recipe) -> None:
 
     test = encode_everywhere(encoder, data.test.texts, progress="test texts")
     right = (head.cpu()(test)["logits"].argmax(dim=1) == torch.tensor(data.test.labels)).double()
-    accuracy = bootstrap_interval(right)
+    accuracy, sigma = bootstrap_interval(right), head.sigma.detach().item()
     report = {
         "encoder": encoder.name,
         "command": this_command(),
@@ -97,12 +99,13 @@ def main(recipe: Recipe) -> None:
         "train_texts": len(chosen),
         "test_texts": len(right),
         "classes": len(data.names),
-        "sigma": float(head.sigma),
+        "sigma": sigma,
     }
+    distributed.main_first(partial(save_head, head, recipe.output / "head", names=data.names))
     distributed.main_first(partial(files.write_json, recipe.output / "report.json", report | more))
     cli.say(
         f"accuracy {accuracy} (95 % interval) on {len(right):,} texts of {len(data.names)} classes, trained on {len(chosen):,}; "
-        f"sigma {float(head.sigma):.1f}; written to {recipe.output / 'report.json'}"
+        f"sigma {sigma:.1f}; written to {recipe.output / 'report.json'}"
     )
 
 
@@ -135,7 +138,7 @@ def alone(recipe: Recipe, data: Labelled, encoder: Encoder, chosen: list[int]) -
 def together(
     recipe: Recipe, data: Labelled, encoder: Encoder, chosen: list[int]
 ) -> tuple[CosineLinear, dict[str, Any]]:
-    """Train both; leaves OUTPUT/student, head.safetensors and metrics.jsonl. The report says how near to the teacher the encoder stays."""
+    """Train both; leaves OUTPUT/student and metrics.jsonl. The report says how near to the teacher the encoder stays."""
     teacher = recipe.teacher.load()
     store = embed([*data.texts, *data.test.texts], teacher, recipe.store)
     held_out = store.vectors(data.test.texts, prompt=teacher.prompt(None))
@@ -146,13 +149,13 @@ def together(
     labels[~torch.isin(torch.tensor(rows), torch.tensor(chosen))] = NO_LABEL
     head = new_head(recipe, encoder.width, len(data.names))
     head.imprint(encode_everywhere(encoder, texts)[labels != NO_LABEL], labels[labels != NO_LABEL])
-    training, steps = LabelTraining(encoder, head, replace(recipe.labels, seed=recipe.seed)), []
+    training, steps = LabelTraining(encoder, head, recipe.labels.with_seed(recipe.seed)), []
     targets = store.vectors(texts, prompt=teacher.prompt(None))
-    training.fit(LabelledTexts(encoder.tokenize(texts).tokens, labels, targets), log=steps.append)
+    training.fit(LabelledTexts.read(encoder, texts, labels, targets), log=steps.append)
 
     cosines["after"] = float(pairwise_cosine(encode_everywhere(encoder, data.test.texts), held_out).mean())
-    provenance = Provenance(teacher=teacher, data=recipe.train_data, loss=repr(recipe.labels))
-    distributed.main_first(partial(write, recipe.output, encoder, head, provenance, steps))
+    provenance = Provenance(teacher=teacher, data=recipe.train_data, loss=repr(training.config))
+    distributed.main_first(partial(write, recipe.output, encoder, provenance, steps))
     cli.say(f"cosine to the teacher on the test texts: {cosines['before']:.3f} before, {cosines['after']:.3f} after")
     return head.eval(), {"cosine_to_teacher": cosines}
 
@@ -163,12 +166,8 @@ def label_rows(data: Labelled, chosen: list[int]) -> list[int]:
     return chosen * max(1, round(len(rest) / len(chosen))) + rest
 
 
-def write(
-    output: Path, encoder: Encoder, head: CosineLinear, provenance: Provenance, steps: list[dict[str, Any]]
-) -> None:
+def write(output: Path, encoder: Encoder, provenance: Provenance, steps: list[dict[str, Any]]) -> None:
     export(encoder, output / "student", provenance=provenance)
-    with files.published_file(output / "head.safetensors") as temporary:
-        save_file({name: value.cpu() for name, value in head.state_dict().items()}, temporary)
     with files.published_file(output / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
 

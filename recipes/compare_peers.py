@@ -18,7 +18,7 @@ from distill import cli, distributed, files, hub
 from distill.benchmark import measuring
 from distill.benchmark.peers import PEERS, Trained, Work, steps_that_fit
 from distill.benchmark.seeds import Averaged, average
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out
+from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out, unused
 from distill.data import load_texts
 from distill.embed import embed
 from distill.encoder import Encoder
@@ -81,6 +81,8 @@ class Recipe:
             raise RecipeError(
                 f"--minutes is above 0 and --seeds are different numbers, got {self.minutes} and {self.seeds}."
             )
+        instead = "--minutes ends each training, which saves at its end; --seeds are its seeds."
+        unused("train", self.train, ("steps", "epochs", "save_every", "seed"), instead)
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
         at_least(0, "--peer-seeds", self.peer_seeds)

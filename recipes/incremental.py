@@ -110,7 +110,7 @@ def learn(recipe: Recipe, way: str, seed: int, encoder: Encoder, tasks: Sequence
     torch.manual_seed(seed)
     pull = recipe.labels.distillation if WAYS[way].pulled else 0.0
     head = CosineLinear(encoder.width, len(tasks[0].names), sigma_init=recipe.sigma_init)
-    training = LabelTraining(encoder, head, replace(recipe.labels, distillation=pull, seed=seed))
+    training = LabelTraining(encoder, head, replace(recipe.labels.with_seed(seed), distillation=pull))
     kept: list[tuple[str, int]] = []
     accuracy = torch.full((len(tasks), len(tasks)), torch.nan)
     for number, task in enumerate(tasks):
@@ -122,7 +122,7 @@ def learn(recipe: Recipe, way: str, seed: int, encoder: Encoder, tasks: Sequence
         head.imprint(old[: len(task)], labels[: len(task)])
         if WAYS[way].trained:
             fixed = min(task.labels) if WAYS[way].fixed_proxies else 0
-            batch = LabelledTexts(encoder.tokenize(texts).tokens, labels, old)
+            batch = LabelledTexts.read(encoder, texts, labels, old)
             training.fit(batch, fixed_classes=fixed, progress=f"{way}, task {number + 1}")
         for earlier, one in enumerate(tasks[: number + 1]):
             accuracy[number, earlier] = accuracy_on(training, one.test)

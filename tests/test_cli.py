@@ -18,7 +18,7 @@ import pytest
 from distill import cli, errors
 from distill.config import SUITED, StudentConfig
 from distill.errors import IntegrityError, RecipeError, ResourceError, Stopped
-from distill.training import TrainConfig, checkpoint
+from distill.training import LabelConfig, TrainConfig, checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,23 @@ def test_the_help_names_what_a_kind_brings(run: Run) -> None:
     brought = " ".join(out.split())
     for kind, (batch_size, rate) in SUITED.items():
         assert f"{batch_size} and {rate:.0e} for {kind}".replace("e-0", "e-") in brought
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnLabels:
+    train: TrainConfig = field(default_factory=TrainConfig)
+    labels: LabelConfig = field(default_factory=LabelConfig)
+
+
+@pytest.mark.parametrize("group", ["train", "labels"])
+def test_the_clipping_is_turned_off_as_its_help_says(run: Run, group: str) -> None:
+    code, out, _ = run("--help", group, kind=OnLabels)
+    assert (code, "0 leaves it. (default: 1.0)" in " ".join(out.split())) == (0, True)
+    recipe = cli._parse(OnLabels, [f"--{group}.clip-norm", "0"], "A recipe.")
+    assert getattr(recipe, group).clip_norm == 0
+    assert run(f"--{group}.clip-norm", "-1", kind=OnLabels)[2] == (
+        f"\nerror: --{group}: clip_norm is 0 or more, got -1.0.\n"
+    )
 
 
 def test_help_says_what_it_is_for_and_names_debug(run: Run) -> None:

@@ -1,21 +1,28 @@
 """Encoder and head on labels: what pulls, what stays, what is chosen; two processes as one."""
 
 import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import processes
 import pytest
+import runs
 import tiny
 import torch
 import torch.nn.functional as F
 
 from distill import distributed, students
+from distill.config import TeacherConfig
+from distill.data import Labelled
 from distill.encoder import Encoder
 from distill.errors import DataError, NumericsError, RecipeError
 from distill.heads import CosineLinear
 from distill.similarity import pairwise_cosine
 from distill.training import NO_LABEL, LabelConfig, LabelledTexts, LabelTraining, herd
 
+ROOT = Path(__file__).parents[1]
 TEXTS = tiny.SENTENCES
 LABELS = torch.arange(len(TEXTS)) % 3
 
@@ -108,8 +115,78 @@ def test_what_cannot_be_trained_is_named(encoder: Encoder) -> None:
         LabelledTexts(tokens, LABELS, torch.ones(12, 4).index_fill(0, torch.tensor([7]), torch.nan))
     one = training(encoder)
     one.head.sigma.data.fill_(torch.nan)
-    with pytest.raises(NumericsError, match="step 1: the loss is nan"):
+    with pytest.raises(NumericsError, match=r"step 1: loss nan, gradient norm nan; stopped .* No rows"):
         one.fit(labelled(encoder, pulled=False))
+
+
+@pytest.mark.parametrize("part", ["head", "encoder"])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(encoder: Encoder, part: str) -> None:
+    one = training(encoder)
+    next(getattr(one, part).parameters()).register_hook(lambda gradient: gradient / 0)
+    before = copy.deepcopy([one.encoder.state_dict(), one.head.state_dict()])
+    with pytest.raises(NumericsError, match=r"step 1: loss \d.*, gradient norm (nan|inf).* No rows have a vector"):
+        one.fit(labelled(encoder, pulled=False))
+    for old, new in zip(before, (one.encoder.state_dict(), one.head.state_dict()), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    assert one.steps == 0
+
+
+def test_texts_whose_vector_is_not_finite_are_quoted(encoder: Encoder) -> None:
+    one = training(encoder, batch_size=12)
+    texts = LabelledTexts.read(one.encoder, TEXTS, LABELS)
+    alone = set(texts.tokens.rows(torch.tensor([5])).ids.tolist())
+    alone -= set(texts.tokens.rows(torch.tensor([row for row in range(12) if row != 5])).ids.tolist())
+    with torch.no_grad():
+        one.encoder.backbone.table[min(alone)] = torch.inf
+    with pytest.raises(NumericsError, match=r"1 rows have a vector that is not finite: 5 \('What is the capital"):
+        one.fit(texts)
+
+
+def test_training_reads_a_text_as_encoding_does(tiny_model: Callable[..., Path]) -> None:
+    prompts = {"sort": "Please cancel: "}
+    asked = Encoder.from_pretrained(tiny_model("bert", layers=2, prompts=prompts, default_prompt_name="sort"))
+    texts = LabelledTexts.read(asked, TEXTS, LABELS, asked.encode(TEXTS))
+    with torch.no_grad():
+        torch.testing.assert_close(asked(texts.tokens), texts.targets)
+    assert len(texts.tokens.ids) > len(asked.tokenize(TEXTS).tokens.ids)
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("recipes/*.py"), *ROOT.glob("notebooks/*.ipynb")], ids=lambda path: path.stem
+)
+def test_recipes_and_notebooks_leave_the_prompt_to_distill(path: Path) -> None:
+    assert ".tokenize(" not in path.read_text(encoding="utf-8")
+
+
+def test_a_recipe_orders_its_texts_by_the_seed_of_labels(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(**labels: int) -> list[float]:
+        config = LabelConfig(batch_size=4, epochs=1.0, **labels)
+        output = tmp_path / str(labels)
+        recipe = classify.Recipe(
+            train_data="", test_data="", teacher=teacher, labels=config, store=tmp_path / "store", output=output, seed=3
+        )
+        torch.manual_seed(0)
+        classify.together(recipe, data, Encoder.from_pretrained(tiny_bert), list(range(12)))
+        return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+    classify, teacher = runs.recipe_module("classify"), TeacherConfig(name=str(tiny_bert))
+    data = Labelled(texts=TEXTS, labels=LABELS.tolist(), names=["a", "b", "c"])
+    data = replace(data, test=data)
+    assert losses(seed=3) == losses() != losses(seed=7)
+
+    class Noted(LabelTraining):
+        def __init__(self, encoder: Encoder, head: CosineLinear, config: LabelConfig):
+            super().__init__(encoder, head, config)
+            seeds.append(config.seed)
+
+    incremental, seeds = runs.recipe_module("incremental"), []
+    monkeypatch.setattr(incremental, "LabelTraining", Noted)
+    for labels in (LabelConfig(epochs=0.1), LabelConfig(epochs=0.1, seed=7)):
+        recipe = incremental.Recipe(train_data="", encoder="", labels=labels)
+        incremental.learn(recipe, "fine-tuning", 3, Encoder.from_pretrained(tiny_bert), [data])
+    assert seeds == [3, 7]
 
 
 def test_herding_keeps_the_mean_direction_of_each_class() -> None:

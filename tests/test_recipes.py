@@ -28,6 +28,7 @@ from forks import Forks
 from safetensors.torch import load_file, save_file
 
 from distill.encoder import Encoder
+from distill.head_folder import load_head
 from distill.sides import cut
 from distill.store import Store, text_keys
 
@@ -76,8 +77,8 @@ SMALL = {
     },
     "classify": {
         "all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --steps 20 --shots 8",
-        "together": "--train-data {labelled} --test-data {labelled} --encoder {bert} --shots 1 --train-encoder "
-        "--teacher.name {bert} --teacher.max-length 64 --labels.epochs 3 --labels.batch-size 24",
+        "together": "--train-data {labelled} --test-data {labelled} --encoder {asked} --shots 1 --train-encoder "
+        "--teacher.name {asked} --teacher.max-length 64 --labels.epochs 3 --labels.batch-size 24",
     },
     "incremental": {
         "all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --tasks 3 --memory 1 --seeds 0 1 "
@@ -231,6 +232,11 @@ def write_files(folder: Path) -> dict[str, Path]:
     return paths
 
 
+def read_labelled(session: Session) -> list[tuple[str, str]]:
+    with Path(session.names["labelled"]).open(newline="") as file:
+        return [(text, label) for text, label in list(csv.reader(file))[1:]]
+
+
 def collapse(folder: Path) -> Path:
     """A model whose last normalisation has no gain: one vector for every text."""
     tiny.bert(folder, layers=2)
@@ -252,6 +258,7 @@ def session(
     prompts = {"query": "How do I find ", "document": "Interest rates: "}
     models = {"bert": tiny_bert, "mpnet": tiny_mpnet, "collapsed": collapse(folder / "collapsed")}
     models["prompted"] = tiny.bert(folder / "prompted", layers=4, prompts=prompts)
+    models["asked"] = tiny.bert(folder / "asked", prompts={"sort": "Please cancel: "}, default_prompt_name="sort")
     session = Session(folder, models)
     if sum(item.path == Path(__file__) for item in request.session.items) > 10:
         for job in JOBS:
@@ -334,9 +341,17 @@ BAD = {
         2,
         ["sentence-transformers, EmbedDistillLoss cannot train", "--peer-seeds 0"],
     ),
+    "steps of its own": (
+        "compare_peers",
+        "--data x --train.steps 9 --train.save-every 3",
+        2,
+        ["--train.steps, --train.save-every would change nothing here", "--minutes"],
+    ),
     "no minutes": ("compare_peers", "--data x --minutes 0", 2, ["--minutes is above 0"]),
     "no such variant": ("ablate", "--data x --variants train.bank=3", 2, ["--train.bank"]),
     "variant of the data": ("ablate", "--data x --variants limit=3", 2, ["'limit=3' changes --limit, which all share"]),
+    "variant of the seed": ("ablate", "--data x --variants train.seed=5", 2, ["--train.seed", "--seeds"]),
+    "variant of resume": ("ablate", "--data x --variants train.resume", 2, ["'train.resume' changes --train.resume"]),
     "variant of nothing": ("ablate", "--data x --variants train.bank-size=4096", 2, ["changes nothing"]),
     "no such matrix": (
         "bench_losses",
@@ -656,7 +671,13 @@ def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
     ran = session(job).all_is_well()
     report = ran.json("report.json")
     assert report == session("classify-all-one").json("report.json") | {"command": report["command"]}
-    assert {path.name for path in ran.output.iterdir()} == {"recipe.json", "report.json"}
+    assert {path.name for path in ran.output.iterdir()} == {"recipe.json", "report.json", "head"}
+    assert "requires_grad" not in ran.err
+    head, names = load_head(ran.output / "head")
+    texts, labels = zip(*read_labelled(session), strict=True)
+    found = head(Encoder.from_pretrained(session.names["bert"]).encode(texts))["logits"].argmax(dim=1).tolist()
+    right = [names[one] == label for one, label in zip(found, labels, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(report["accuracy"]["value"])
     assert report["accuracy"]["low"] <= report["accuracy"]["value"] <= report["accuracy"]["high"]
     assert report["accuracy"]["value"] > 2 / report["classes"]
     assert f"accuracy {report['accuracy']['value']:.3f}" in ran.out
@@ -665,11 +686,14 @@ def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
 @pytest.mark.parametrize("processes", ["one", "two"])
 def test_classify_trains_encoder_and_head_and_leaves_both(session: Session, processes: str) -> None:
     ran = session(f"classify-together-{processes}").all_is_well()
-    report, head = ran.json("report.json"), load_file(ran.output / "head.safetensors")
-    names = {"recipe.json", "report.json", "student", "head.safetensors", "metrics.jsonl"}
-    assert {path.name for path in ran.output.iterdir()} == names
-    assert head["weight"].shape == (report["classes"], Encoder.from_pretrained(ran.output / "student").width)
-    assert float(head["sigma"]) == report["sigma"]
+    report, (head, names) = ran.json("report.json"), load_head(ran.output / "head")
+    left = {"recipe.json", "report.json", "student", "head", "metrics.jsonl"}
+    assert {path.name for path in ran.output.iterdir()} == left
+    assert "requires_grad" not in ran.err
+    assert head.weight.shape == (len(names), Encoder.from_pretrained(ran.output / "student").width)
+    assert len(names) == report["classes"]
+    assert head.sigma.item() == report["sigma"]
+    assert ran.metrics()[0]["loss/teacher"] == pytest.approx(0, abs=1e-5)  # read with the prompt, as its teacher does
     assert report["cosine_to_teacher"]["before"] == pytest.approx(1, abs=1e-4)  # it is its own teacher
     assert 0.5 < report["cosine_to_teacher"]["after"] < 1
     steps, alone = ran.metrics(), session("classify-together-one").metrics()

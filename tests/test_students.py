@@ -237,11 +237,18 @@ def test_another_model_of_the_same_width(bert: Encoder, tiny_mpnet: Path, tmp_pa
 
 def test_another_model_of_another_width(tiny_mpnet: Path, tiny_bert_cls: Path, tmp_path: Path) -> None:
     teacher = Encoder.from_pretrained(tiny_mpnet)
-    student = students.pretrained(tiny_bert_cls, teacher, max_length=20, compute_dtype="bfloat16")
+    student = students.pretrained(
+        Encoder.from_pretrained(tiny_bert_cls, max_length=20, compute_dtype="bfloat16"), teacher
+    )
     assert [type(layer) for layer in student.head] == [Dense, Dense, Normalize]
     assert (student.width, student.max_length, student.compute_dtype) == (32, 20, "bfloat16")
     student.compute_dtype = "float32"
     is_the_same_model_when_saved(student, tmp_path / "student")
+
+
+def test_another_model_takes_no_options_that_it_would_drop(tiny_bert_cls: Path, bert: Encoder) -> None:
+    with pytest.raises(TypeError, match="max_length"):
+        students.pretrained(Encoder.from_pretrained(tiny_bert_cls), bert, max_length=8)
 
 
 def narrow(teacher: Encoder, folder: Callable[..., Path]) -> Encoder:

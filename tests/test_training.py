@@ -151,7 +151,7 @@ def test_a_run_whose_time_is_up_is_one_of_fewer_steps(model: str, store: Path, t
 def test_accumulated_batches_give_the_gradient_of_their_rows(model: str, store: Path, tmp_path: Path) -> None:
     """A loss that is a mean over rows: 2 batches of 8, or 3 of which the last is smaller, are one batch of all of them."""
     for count, size, accumulation in ((16, 8, 2), (40, 16, 3)):
-        whole = {"count": count, "loss": "cosine", "steps": 3, "clip_norm": None}
+        whole = {"count": count, "loss": "cosine", "steps": 3, "clip_norm": 0.0}
         one = runs.small_run(model, tmp_path / "one", store=store, batch_size=size * accumulation, **whole)
         many = runs.small_run(
             model, tmp_path / "many", store=store, batch_size=size, accumulation=accumulation, **whole
@@ -375,7 +375,7 @@ def test_a_text_is_no_negative_of_itself(model: str, store: Path, tmp_path: Path
         ({"micro_batch": 0}, "micro_batch is above 0, got 0"),
         ({"learning_rate": 0.0}, "learning_rate is above 0"),
         ({"learning_rate": math.inf}, "learning_rate is"),
-        ({"clip_norm": 0.0}, "clip_norm is above 0"),
+        ({"clip_norm": -1.0}, "clip_norm is 0 or more"),
         ({"save_every": 0}, "save_every is above 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints is above 0"),
         ({"weight_decay": -0.1}, "weight_decay is 0 or more"),

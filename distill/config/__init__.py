@@ -1,6 +1,6 @@
 """Groups of flags that recipes share, and what they build."""
 
-from distill.config.bounds import at_least
+from distill.config.bounds import at_least, unused
 from distill.config.evaluation import EvaluationConfig, hold_out
 from distill.config.student import SUITED, StudentConfig, describe_start, suited
 from distill.config.teacher import TeacherConfig
@@ -14,4 +14,5 @@ __all__ = [
     "describe_start",
     "hold_out",
     "suited",
+    "unused",
 ]

@@ -1,4 +1,7 @@
-"""Numbers that are too small."""
+"""Numbers that are too small, and settings that a recipe has no use for."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from distill.errors import RecipeError
 
@@ -7,3 +10,11 @@ def at_least(minimum: int, flag: str, value: int | None) -> None:
     """RecipeError if a number is given and too small."""
     if value is not None and value < minimum:
         raise RecipeError(f"{flag} is {minimum} or more, got {value}.")
+
+
+def unused(group: str, settings: Any, names: Sequence[str], instead: str) -> None:
+    """RecipeError if one of these settings of a group of flags is not at its default; `instead` says what takes its place."""
+    defaults = type(settings)()
+    given = [name.replace("_", "-") for name in names if getattr(settings, name) != getattr(defaults, name)]
+    if given:
+        raise RecipeError(f"{', '.join(f'--{group}.{name}' for name in given)} would change nothing here: {instead}")

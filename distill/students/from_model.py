@@ -1,19 +1,18 @@
 """Another model as the start."""
 
 from pathlib import Path
-from typing import Any
 
 from distill.encoder import Encoder
 from distill.modules import Dense, Normalize
 from distill.students.summary import named
 
 
-def pretrained(name: str | Path | Encoder, teacher: Encoder, **options: Any) -> Encoder:
+def pretrained(name: str | Path | Encoder, teacher: Encoder) -> Encoder:
     """Another model as the start, with a Dense layer to the teacher's width if its own differs: fit that by `fit_projection`.
 
-    `options` as Encoder.from_pretrained. Of an Encoder that is given itself the weights are shared, not copied.
+    Give an Encoder for what its from_pretrained can be asked: a revision, a max_length. Its weights are shared, not copied.
     """
-    student = name if isinstance(name, Encoder) else Encoder.from_pretrained(name, **options)
+    student = name if isinstance(name, Encoder) else Encoder.from_pretrained(name)
     head = [layer for layer in student.head if isinstance(layer, Dense)]
     if student.full_width != teacher.width:
         head.append(Dense(student.full_width, teacher.width))

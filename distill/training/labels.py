@@ -5,9 +5,9 @@ vector: of the teacher, or what the encoder itself gave before it saw new classe
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,10 @@ from distill.heads import CosineLinear, classification_loss, parameter_groups
 from distill.losses import cosine_distance
 from distill.modules import Tokens
 from distill.similarity import normalize
-from distill.training import sampling
+from distill.training import finite, sampling
 
 NO_LABEL = -1
+MOST_NAMED = 5  # rows in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,26 +49,28 @@ class LabelConfig:
     warmup_fraction: float = 0.1
     """Share of the steps in which the rates rise from 0; a cosine brings them down again."""
     clip_norm: float | None = 1.0
-    """Largest norm of the encoder's gradient; None leaves it."""
-    seed: int = 0
-    """Of the order of texts."""
+    """Largest norm of the encoder's gradient; 0 leaves it."""
+    seed: int | None = None
+    """Of the order of texts; None: the recipe's."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "learning_rate", "proxy_learning_rate", "sigma_learning_rate", "clip_norm")
+        positive = ("epochs", "batch_size", "learning_rate", "proxy_learning_rate", "sigma_learning_rate")
         wrong = [
-            f"{name} is above 0, got {value}"
-            for name in positive
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf
+            f"{name} is above 0, got {value}" for name in positive if not 0 < (value := getattr(self, name)) < math.inf
         ]
         wrong += [
             f"{name} is 0 or more, got {value}"
-            for name in ("weight_decay", "distillation", "seed")
-            if not 0 <= (value := getattr(self, name)) < math.inf
+            for name in ("weight_decay", "distillation", "clip_norm", "seed")
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf
         ]
         if not 0 <= self.warmup_fraction <= 1:
             wrong.append(f"warmup_fraction is 0..1, got {self.warmup_fraction}")
         if wrong:
             raise RecipeError("; ".join(wrong) + ".")
+
+    def with_seed(self, seed: int) -> "LabelConfig":
+        """The same with this seed, if it has none of its own."""
+        return replace(self, seed=seed) if self.seed is None else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,19 @@ class LabelledTexts:
     tokens: Tokens
     labels: Int[Tensor, " n"]
     targets: Float[Tensor, "n d"] | None = None
+    texts: Sequence[str] | None = None
+    """To be quoted where training stops at one of them."""
+
+    @classmethod
+    def read(
+        cls,
+        encoder: Encoder,
+        texts: Sequence[str],
+        labels: Int[Tensor, " n"],
+        targets: Float[Tensor, "n d"] | None = None,
+    ) -> "LabelledTexts":
+        """Texts as `encoder.encode(texts)` reads them: with its default prompt."""
+        return cls(encoder.tokenize(texts, prompt=encoder.prompt(None)).tokens, labels, targets, texts)
 
     def __post_init__(self) -> None:
         sizes = [len(self.tokens), len(self.labels)] + ([] if self.targets is None else [len(self.targets)])
@@ -122,11 +138,12 @@ class LabelTraining:
     ) -> None:
         """Train on the texts for config.epochs; the proxies of the first `fixed_classes` classes stay where they are.
 
-        `log` gets an entry a step: loss, loss/labels, loss/teacher, sigma.
+        `log` gets an entry a step: loss, loss/labels, loss/teacher, sigma. A loss or gradient that is not finite stops all
+        processes before the update: NumericsError.
         """
         if self.config.distillation and texts.targets is None:
             raise RecipeError("distillation above 0 pulls vectors to targets, and none were given: give some, or 0.")
-        size, seed = self.config.batch_size, self.config.seed
+        size, seed = self.config.batch_size, self.config.seed or 0
         steps = max(1, round(self.config.epochs * sampling.steps_per_epoch(len(texts), size, 1)))
         fixed = self.head.weight.detach()[: fixed_classes * self.head.nb_proxy].clone()
         bar = tqdm(range(steps), desc=progress, unit="step", delay=2, disable=None if distributed.is_main() else True)
@@ -152,15 +169,17 @@ class LabelTraining:
         if value.requires_grad:  # not on a process without a row of the batch
             value.backward()
         logged = {"loss": value, "loss/labels": parts["labels"], "loss/teacher": parts["teacher"]}
-        sums = _sum_over_processes(torch.stack([part.detach().float() for part in logged.values()])).tolist()
+        sums = _sum_over_processes(torch.stack([part.detach().float() for part in logged.values()]))
         self._exchange()
-        self._refuse_not_finite(sums[0])
-        nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.clip_norm or math.inf)
+        norm = self._clip()
+        if not finite.on_all_processes(sums[0], norm, self.encoder.device):
+            self._refuse(texts, rows, float(sums[0]), float(norm))
         self.optimizer.step()
         self.steps += 1
         sigma = {} if self.head.sigma is None else {"sigma": float(self.head.sigma.detach())}
         rate = self.config.learning_rate * rate
-        return {"step": self.steps, **dict(zip(logged, sums, strict=True)), **sigma, "lr": rate, "texts": len(rows)}
+        values = dict(zip(logged, sums.tolist(), strict=True))
+        return {"step": self.steps, **values, **sigma, "lr": rate, "texts": len(rows)}
 
     def _parts(self, texts: LabelledTexts, rows: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
         """This process's part of the batch's mean cross-entropy, over texts with a label, and of its mean cosine distance."""
@@ -187,17 +206,27 @@ class LabelTraining:
                     parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     dist.all_reduce(parameter.grad)
 
+    def _clip(self) -> Float[Tensor, ""]:
+        """Clip the encoder's gradient; the norm of the whole one as it was."""
+        encoder = nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.clip_norm or math.inf)
+        head = nn.utils.get_total_norm([p.grad for p in self.head.parameters() if p.grad is not None])
+        return torch.hypot(encoder, head)
+
     def _rate(self, progress: float) -> float:
         warmup = self.config.warmup_fraction
         return (
             progress / warmup if progress < warmup else (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
         )
 
-    def _refuse_not_finite(self, value: float) -> None:
-        if not math.isfinite(value):
-            raise NumericsError(
-                f"step {self.steps + 1}: the loss is {value}; stopped before the update. Lower the learning rates."
-            )
+    def _refuse(self, texts: LabelledTexts, rows: Int[Tensor, " b"], loss: float, norm: float) -> NoReturn:
+        """Name the first rows of the step whose vector is not finite, and stop."""
+        targets = None if texts.targets is None else texts.targets[rows]
+        bad = rows[finite.bad_rows(self.encoder, texts.tokens.rows(rows), targets)].tolist()
+        named = [f"{row} ({texts.texts[row][:60]!r})" if texts.texts else str(row) for row in bad[:MOST_NAMED]]
+        raise NumericsError(
+            f"{finite.stopped(self.steps + 1, loss, norm, len(bad))}{': ' if named else ''}{', '.join(named)}. Lower "
+            "--labels.learning-rate and the other rates, or leave the rows out."
+        )
 
 
 def herd(vectors: Float[Tensor, "n d"], labels: Int[Tensor, "n"], count: int) -> Int[Tensor, "k"]:

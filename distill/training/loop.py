@@ -23,7 +23,7 @@ from distill.encoder import Encoder
 from distill.errors import IntegrityError, NumericsError, RecipeError, Stopped
 from distill.modules import Reading, TransformerBackbone
 from distill.store import Store
-from distill.training import checkpoint, execution, optimizer, runlog, sampling
+from distill.training import checkpoint, execution, finite, optimizer, runlog, sampling
 from distill.training.averaging import WeightAverage
 from distill.training.examples import Examples
 from distill.training.feed import Feed, Loss
@@ -156,8 +156,7 @@ class _Loop:
         if self.rows:
             self.rows.exchange()
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_norm or math.inf)
-        finite = bool(torch.isfinite(value) & torch.isfinite(norm))
-        if distributed.any_process(not finite, self.accelerator.device):
+        if not finite.on_all_processes(value, norm, self.accelerator.device):
             self._refuse(step, rows, float(value), float(norm))
         rate = self.rate(step + 0.5)
         optimizer.set_rate(self.adamw, rate)
@@ -194,20 +193,17 @@ class _Loop:
         if hasattr(self.loss, "set_progress"):
             self.loss.set_progress(step / self.steps)
 
-    @torch.no_grad()
     def _refuse(self, step: int, rows: np.ndarray, loss: float, norm: float) -> NoReturn:
         """Name the rows whose student or teacher vector is not finite (all of the step's, if each is), and stop."""
-        parts = np.array_split(rows, -(-len(rows) // 64))
-        student = torch.cat([self.student(self.data.tokens.rows(torch.from_numpy(part))).cpu() for part in parts])
-        finite = student.isfinite().all(dim=1) & self.store.take(self.data.rows[rows]).isfinite().all(dim=1)
-        bad = rows[~finite.numpy()]
+        tokens, targets = self.data.tokens.rows(torch.from_numpy(rows)), self.store.take(self.data.rows[rows])
+        bad = rows[finite.bad_rows(self.student, tokens, targets).numpy()]
         suspects = [{"row": int(row), "text": self.data.texts[row][:200]} for row in (bad if len(bad) else rows)]
         report = {"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "rows": suspects}
         where = self.output / "non-finite.json"
         distributed.main_first(partial(files.write_json, where, report))
         raise NumericsError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update. {len(bad) or 'No'} rows have a vector that is "
-            f"not finite; the rows are in {where}. Lower --train.learning-rate, or leave the rows out."
+            f"{finite.stopped(step + 1, loss, norm, len(bad))}; the rows are in {where}. Lower --train.learning-rate, or leave "
+            "the rows out."
         )
 
     def _identity(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class TrainConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """What the rate does after the warm-up."""
     clip_norm: float | None = 1.0
-    """Largest norm of the gradient; None leaves it."""
+    """Largest norm of the gradient; 0 leaves it."""
     dropout: bool = False
     """Keep the model's dropout. A student that copies vectors is better without."""
     bank_size: int = 0
@@ -99,7 +99,6 @@ class TrainConfig:
             "accumulation",
             "micro_batch",
             "learning_rate",
-            "clip_norm",
             "save_every",
             "keep_checkpoints",
             "projection_rate",
@@ -115,8 +114,8 @@ class TrainConfig:
         ]
         wrong += [
             f"{name} is 0 or more, got {value}"
-            for name in ("weight_decay", "bank_size", "seed")
-            if not 0 <= (value := getattr(self, name)) < math.inf
+            for name in ("weight_decay", "bank_size", "seed", "clip_norm")
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf
         ]
         if not 0 <= self.warmup_fraction <= 1:
             wrong.append(f"warmup_fraction is 0..1, got {self.warmup_fraction}")

@@ -1,0 +1,80 @@
+"""A CosineLinear in a folder and back, with the names of its classes; folders that are not whole."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from distill.errors import IntegrityError
+from distill.head_folder import load_head, save_head
+from distill.heads import CosineLinear
+
+NAMES = ["refund", "Öffnungszeiten", "half a pair \ud83d"]
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"nb_proxy": 4, "to_reduce": True, "sigma_init": 16.0, "gamma": 10.0}, torch.float32),
+        ({"nb_proxy": 2, "sigma": False}, torch.float64),
+    ],
+)
+def test_a_head_that_is_opened_again_is_the_same(tmp_path: Path, options: dict[str, Any], dtype: torch.dtype) -> None:
+    head = CosineLinear(8, 2, **options).to(dtype)
+    head.add_classes(1)
+    save_head(head, tmp_path / "head", names=NAMES)
+    before = torch.get_rng_state()
+    opened, names = load_head(tmp_path / "head")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (names, repr(opened), opened.training) == (NAMES, repr(head), False)
+    x = torch.randn(5, 8, dtype=dtype)
+    assert torch.equal(opened(x)["logits"], head(x)["logits"])
+    opened.add_classes(1)
+    assert all(parameter.requires_grad and parameter.dtype == dtype for parameter in opened.parameters())
+
+
+def test_a_head_takes_the_place_of_an_older_one_and_needs_a_name_for_each_class(tmp_path: Path) -> None:
+    save_head(CosineLinear(8, 1), tmp_path / "head", names=["old"])
+    save_head(CosineLinear(8, 3), tmp_path / "head", names=NAMES)
+    with pytest.raises(ValueError, match="each of 3 classes, got 2"):
+        save_head(CosineLinear(8, 3), tmp_path / "head", names=NAMES[:2])
+    assert load_head(tmp_path / "head")[1] == NAMES
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+def changed(**settings: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "do not belong together"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no weights"), "is damaged"),
+        (lambda folder: save_file({"weight": torch.ones(3, 8)}, folder / "model.safetensors"), "sigma"),
+        (changed(in_features=9), "size mismatch"),
+        (changed(out_features=10**12, names=[]), "size mismatch"),
+        (changed(nb_proxy=0), "sizes of at least 1"),
+        (changed(nb_proxy="1"), "do not belong together"),
+        (changed(bias=True), "bias"),
+        (changed(names=NAMES[:2]), "names are those of 3 classes"),
+        (changed(names=[1, 2, 3]), "names are those of 3 classes"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    save_head(CosineLinear(8, 3), tmp_path / "head", names=NAMES)
+    damage(tmp_path / "head")
+    with pytest.raises(IntegrityError, match=message):
+        load_head(tmp_path / "head")
