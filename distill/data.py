@@ -179,13 +179,17 @@ def load_pairs(
     revision: str | None = None,
     token: str | None = None,
 ) -> Pairs:
-    """Sentence pairs with scores, as in STS: columns sentence1, sentence2, score, or the first three of a bare CSV."""
+    """Sentence pairs with scores, as in STS: columns sentence1, sentence2, score, or the first three of a bare CSV.
+
+    Where there is no column of the score's name, it is similarity_score or label.
+    """
     first, second, score = columns or ("sentence1", "sentence2", "score")
-    table = read_table(source, revision=revision, token=token, wanted=(first, second, score))
+    others = ("similarity_score", "label")
+    table = read_table(source, revision=revision, token=token, wanted=(first, second, score, *others))
     if columns is None and table.columns[:3] == ["0", "1", "2"]:
         first, second, score = "0", "1", "2"
     first, second = find_column(table, first), find_column(table, second)
-    score = find_column(table, score, "similarity_score", "label")
+    score = find_column(table, score, *others)
     pairs = Pairs(sentence1=[], sentence2=[], score=[])
     empty = 0
     for number, row in table.rows:

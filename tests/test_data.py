@@ -315,6 +315,21 @@ def test_pairs_with_and_without_a_header(write) -> None:
     assert len(load_pairs(write("a.csv", "a,b,1\nc,d,2\n"), limit=1)) == 1
 
 
+@pytest.mark.parametrize("name", ["score", "similarity_score", "label"])
+def test_a_score_is_found_by_each_of_its_names(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import datasets
+
+    rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], name: [4.5, 0.0], "genre": ["news", "news"]}
+    lines = (json.dumps(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: datasets.Dataset.from_dict(rows))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source in (write("a.jsonl", "\n".join(lines)), parquet(tmp_path, rows), "org/sts"):
+        pairs = load_pairs(source)
+        assert (pairs.sentence1, pairs.sentence2, pairs.score) == (["a", "b"], ["c", "d"], [4.5, 0.0])
+
+
 @pytest.mark.parametrize("score", ["", "x", "nan", "inf", "1_000", "1,5"])
 def test_a_score_has_to_be_a_finite_number(write, score: str) -> None:
     with pytest.raises(DataError, match=r"a\.csv, line 2"):
