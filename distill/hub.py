@@ -3,9 +3,9 @@
 A branch or tag is looked up once: the commit it stood at is written to `pins.json` in the cache, and later runs use that
 commit although the branch has moved. Asking for a `revision` by name looks it up anew. Where the Hub cannot be reached and
 a weight package is installed, the package is pinned in the same way, so that one project never mixes two sources.
-Beside the pins, `downloads.json` lists the files of each commit from before its download begins: one that broke off is never
-taken for the model. A snapshot that is not listed, of another tool, is completed, or used as it is where the Hub is out of
-reach, if it has all files that it names itself.
+Beside the pins, `downloads.json` lists the files of each commit from before its download begins: one that broke off is
+never taken for the model. A snapshot of another tool, which is not listed, is completed, or used as it is where the Hub
+is out of reach, if it has all files that it names itself.
 Nothing is unpickled: safetensors, JSON and text are all that is ever fetched or unpacked.
 """
 

@@ -151,7 +151,7 @@ def together(
     training.fit(LabelledTexts(encoder.tokenize(texts).tokens, labels, targets), log=steps.append)
 
     cosines["after"] = float(pairwise_cosine(encode_everywhere(encoder, data.test.texts), held_out).mean())
-    provenance = Provenance(teacher=teacher, data=recipe.train_data, loss=repr(recipe.labels))
+    provenance = Provenance(teacher=teacher, data=data.source, loss=repr(recipe.labels))
     distributed.main_first(partial(write, recipe.output, encoder, head, provenance, steps))
     cli.say(f"cosine to the teacher on the test texts: {cosines['before']:.3f} before, {cosines['after']:.3f} after")
     return head.eval(), {"cosine_to_teacher": cosines}
