@@ -26,6 +26,8 @@ from distill.tables import (
     text_columns,
 )
 
+AT_COMMIT = re.compile(r"@[0-9a-f]{40}(:|$)")  # in the name of a Hub data set's table
+
 # Texts
 
 
@@ -48,7 +50,7 @@ class SourceReport:
 
 @dataclass(frozen=True, kw_only=True)
 class TextReport:
-    """The sum over all sources; `str()` is one line for people."""
+    """The sum over all sources; `str()` is one line for people, which names the commits of Hub data sets."""
 
     sources: tuple[SourceReport, ...]
 
@@ -71,9 +73,10 @@ class TextReport:
     def __str__(self) -> str:
         if len(self.sources) == 1:
             return str(self.sources[0])
+        pinned = [source.source for source in self.sources if AT_COMMIT.search(source.source)]
         return str(
             SourceReport(
-                source=f"{len(self.sources)} sources",
+                source=f"{len(self.sources)} sources" + (f" with {', '.join(pinned)}" if pinned else ""),
                 rows=self.rows,
                 kept=self.kept,
                 empty=self.empty,
@@ -102,13 +105,14 @@ def load_texts(
     revision: str | None = None,
     token: str | None = None,
 ) -> Texts:
-    """Unique texts from a file, a glob, a Hub data set ("org/name:config:split"), a list of texts, or a list of these.
+    """Unique texts from a file, a glob, a Hub data set, a list of texts, or a list of these.
 
-    Formats: JSONL, CSV, TSV (unquoted), TXT, each also with .gz, and Parquet. `column` names one column or several
+    Formats: JSONL, CSV, TSV (unquoted), TXT, each also with .gz, and Parquet. A Hub data set is
+    "org/name@REVISION:config:split"; `revision` is of those that name none. `column` names one column or several
     ("sentence1,sentence2"; by position in CSV: "0,1"); by default it is `text`, else the only text column, else in CSV all
     columns that do not hold numbers. A list is read as texts unless all its items look like sources: paths, names of files,
-    lists, "org/name:config:split". `limit` counts kept texts. `unique=False` keeps every text, duplicates too, so that rows
-    stay aligned with the file; an empty one is then a DataError.
+    lists, "org/name:config:split". `limit` counts kept texts. `unique=False` keeps every text, duplicates too, so that
+    rows stay aligned with the file; an empty one is then a DataError.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is the number of texts to keep, at least 1; got {limit}. None keeps all.")
@@ -179,13 +183,17 @@ def load_pairs(
     revision: str | None = None,
     token: str | None = None,
 ) -> Pairs:
-    """Sentence pairs with scores, as in STS: columns sentence1, sentence2, score, or the first three of a bare CSV."""
+    """Sentence pairs with scores, as in STS: columns sentence1, sentence2, score, or the first three of a bare CSV.
+
+    Where there is no column of the score's name, it is similarity_score or label.
+    """
     first, second, score = columns or ("sentence1", "sentence2", "score")
-    table = read_table(source, revision=revision, token=token, wanted=(first, second, score))
+    others = ("similarity_score", "label")
+    table = read_table(source, revision=revision, token=token, wanted=(first, second, score, *others))
     if columns is None and table.columns[:3] == ["0", "1", "2"]:
         first, second, score = "0", "1", "2"
     first, second = find_column(table, first), find_column(table, second)
-    score = find_column(table, score, "similarity_score", "label")
+    score = find_column(table, score, *others)
     pairs = Pairs(sentence1=[], sentence2=[], score=[])
     empty = 0
     for number, row in table.rows:
@@ -242,6 +250,7 @@ class Retrieval:
 def load_retrieval(corpus: Source, queries: Source, qrels: Source) -> Retrieval:
     """Documents and queries with columns id (or _id), text and perhaps title (put before the text); TREC or BEIR qrels.
 
+    Documents and queries come from files or Hub data sets, judgements from a file.
     Negative grades, which TREC gives to junk, count as 0. Judgements of ids that do not exist are left out and counted.
     """
     corpus_ids, documents, empty_documents = _identified(corpus)
@@ -316,13 +325,17 @@ def _qrels(path: Path, queries: set[str], documents: set[str]) -> tuple[dict[str
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """Texts and the number of their class; `names[label]` is its name. `empty` rows were left out."""
+    """Texts and the number of their class; `names[label]` is its name. `empty` rows were left out.
+
+    `source` is where they come from; a Hub data set with its commit.
+    """
 
     texts: list[str]
     labels: list[int]
     names: list[str]
     test: "Labelled | None" = None
     empty: int = 0
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -338,7 +351,7 @@ def load_labelled(
     token: str | None = None,
 ) -> Labelled:
     """Labelled texts; `label` is the column label, category or intent. Classes are numbered by the sorted names of `train`."""
-    texts, found, _, empty = _labelled_rows(train, text, label, revision, token)
+    texts, found, origins, empty = _labelled_rows(train, text, label, revision, token)
     whole = all(re.fullmatch(r"-?\d{1,9}", name) for name in found)
     names = sorted(set(found), key=int) if whole else sorted(set(found))
     number = {name: index for index, name in enumerate(names)}
@@ -349,8 +362,11 @@ def load_labelled(
             if name not in number:
                 raise DataError(f"{place}: the label {name!r} does not occur in {train}.{meant(name, names)}")
         test_labels = [number[name] for name in test_found]
-        held_out = Labelled(texts=test_texts, labels=test_labels, names=names, empty=test_empty)
-    return Labelled(texts=texts, labels=[number[name] for name in found], names=names, test=held_out, empty=empty)
+        held_out = Labelled(
+            texts=test_texts, labels=test_labels, names=names, empty=test_empty, source=places[0].table.name
+        )
+    labels, source = [number[name] for name in found], origins[0].table.name
+    return Labelled(texts=texts, labels=labels, names=names, test=held_out, empty=empty, source=source)
 
 
 def _labelled_rows(

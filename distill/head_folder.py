@@ -8,12 +8,16 @@ from safetensors.torch import save_file
 
 from distill import files
 from distill.errors import IntegrityError
-from distill.folder import load_weights, read_json
+from distill.folder import load_weights, read_json, refuse_other_files
 from distill.heads import CosineLinear
 
 
 def save_head(head: CosineLinear, path: str | Path, *, names: Sequence[str]) -> None:
-    """Write a folder that `load_head` opens, `names` in the order of the labels. It appears whole or not at all."""
+    """Write a folder that `load_head` opens, `names` in the order of the labels. It appears whole or not at all.
+
+    It takes the place of an earlier one. RecipeError if `path` holds something else.
+    """
+    refuse_other_files(Path(path))
     if len(names) != head.out_features:
         raise ValueError(f"save_head needs a name for each of {head.out_features} classes, got {len(names)}.")
     config = {

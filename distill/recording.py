@@ -12,6 +12,7 @@ from distill import distributed, files
 from distill.errors import IntegrityError, RecipeError, ResourceError, explained
 from distill.export import this_command
 from distill.folder import refuse_other_files
+from distill.tables import without_revision
 from distill.training.checkpoint import RECIPE
 
 # Flags that may differ between a run and its continuation: they change no step of the training.
@@ -120,10 +121,13 @@ def _flags(recipe: dict[str, Any], prefix: str = "--") -> Iterator[tuple[str, An
 
 
 def _moved(value: Any) -> Any:
-    """A path by its last part: the same file may lie elsewhere today. What is in it, the checkpoint knows."""
+    """A path by its last part, a Hub data set without its revision: the same may lie elsewhere, or go by its commit.
+
+    What is in it, the checkpoint knows.
+    """
     if isinstance(value, list):
         return [_moved(item) for item in value]
-    return Path(value).name if isinstance(value, str) else value
+    return Path(without_revision(value)).name if isinstance(value, str) else value
 
 
 def _resumes(recipe: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from distill.errors import DataError, ResourceError
-from distill.hub import dataset_commit
+from distill.hub import COMMIT, dataset_commit
 
 Source = str | Path
 Row = tuple[int, dict[str, Any]]
@@ -43,7 +43,10 @@ HEADER_NAMES = {
 }
 HEADER_NAMES |= {"query", "question", "answer", "document", "passage", "title", "content", "premise", "hypothesis"}
 HEADER_NAMES |= {"id", "_id"}
-HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}|[A-Za-z0-9][\w.-]*(:[\w.-]*){2}")
+# NAME or NAME@REVISION, then :CONFIG:SPLIT; without an ORG/ in front, both colons are there.
+HUB_DATA = re.compile(
+    r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?(:[\w.-]*){0,2}|[A-Za-z0-9][\w.-]*(@[\w./-]+)?(:[\w.-]*){2}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,10 @@ class Place:
 def read_tables(
     source: Any, *, revision: str | None = None, token: str | None = None, wanted: tuple[str, ...] = ()
 ) -> Iterator[Table]:
-    """One table for each file, data set or list of texts; each is opened when its turn comes."""
+    """One table for each file, data set or list of texts; each is opened when its turn comes.
+
+    `revision` is of the Hub data sets that name none.
+    """
     if isinstance(source, Path):
         yield _file(source, wanted)
     elif isinstance(source, str):
@@ -111,7 +117,7 @@ def read_tables(
                 raise DataError(f"No file matches {source}.")
             for path in files:
                 yield _file(path, wanted)
-        elif HUB_DATA.fullmatch(source) and not _is_data_name(source) and not Path(source).exists():
+        elif _is_hub_data(source):
             yield _hub_data(source, revision, token, wanted)
         else:
             yield _file(Path(source).expanduser(), wanted)
@@ -137,6 +143,15 @@ def read_table(source: Source, **options: Any) -> Table:
     if len(tables) != 1:
         raise DataError(f"One file is expected, {source} matches several.")
     return tables[0]
+
+
+def without_revision(source: str) -> str:
+    """A Hub data set's name whatever its revision; any other source as it is."""
+    return re.sub(r"@[^:]*", "", source) if _is_hub_data(source) else source
+
+
+def _is_hub_data(source: str) -> bool:
+    return bool(HUB_DATA.fullmatch(source)) and not _is_data_name(source) and not Path(source).exists()
 
 
 def _is_data_name(name: str) -> bool:
@@ -321,20 +336,23 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Table:
 
 
 def _hub_data(name: str, revision: str | None, token: str | None, wanted: tuple[str, ...]) -> Table:
-    """A split of a Hub data set, "org/name:config:split"; `train` and the default configuration unless named."""
-    from datasets import ClassLabel, load_dataset
+    """A split of a Hub data set, "org/name@REVISION:config:split"; `main`, the default and `train` if none is named.
 
-    repository, config, split = (*name.split(":"), "", "")[:3]
-    commit = dataset_commit(repository, revision=revision, token=token) or revision
-    try:
-        data = load_dataset(repository, config or None, split=split or "train", revision=commit, token=token)
-    except ValueError as error:  # an unknown configuration or split; the message lists those there are
-        raise DataError(f"{name}: {error}") from error
-    except Exception as error:  # the stack below raises the errors of four libraries
+    The table's name has the commit that was read in place of the revision, where it is known.
+    """
+    from datasets import ClassLabel
+
+    whole, config, split = (*name.split(":"), "", "")[:3]
+    repository, _, named = whole.partition("@")
+    revision = dataset_commit(repository, revision=named or revision, token=token) or named or revision
+    data = _fetched(name, repository, config or None, split=split or "train", revision=revision, token=token)
+    commit = _commit_read(data) or revision
+    if revision and COMMIT.fullmatch(revision) and commit != revision:
         raise ResourceError(
-            f"Cannot get the data set {name}: {type(error).__name__}: {error}. Check its name and the network, set HF_TOKEN "
-            "if it is private, or give the path of a local file."
-        ) from error
+            f"Cannot get the data set {name}: `datasets` fell back on what it has, commit {commit}, and {revision} was asked for. "
+            f"Unset HF_HUB_OFFLINE and try again, or name {repository}@{commit}."
+        )
+    title = name.replace(whole, f"{repository}@{commit}", 1) if commit else name
     columns = list(data.column_names)
     texts = [name for name in columns if name == "text" or getattr(data.features[name], "dtype", "") == "string"]
     data = data.select_columns([name for name in columns if name in wanted] or texts)  # pictures stay undecoded
@@ -347,7 +365,28 @@ def _hub_data(name: str, revision: str | None, token: str | None, wanted: tuple[
                     row[key] = kind.int2str(row[key])
             yield number, row
 
-    return _sampled(Table(name=name, unit="row", columns=columns, rows=rows()))
+    return _sampled(Table(name=title, unit="row", columns=columns, rows=rows()))
+
+
+def _fetched(name: str, *place: str | None, **options: Any) -> Any:
+    """`load_dataset(*place, **options)`, with what goes wrong told of `name`."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(*place, **options)
+    except ValueError as error:  # an unknown configuration or split; the message lists those there are
+        raise DataError(f"{name}: {error}") from error
+    except Exception as error:  # the stack below raises the errors of four libraries
+        raise ResourceError(
+            f"Cannot get the data set {name}: {type(error).__name__}: {error}. Check its name and the network, set HF_TOKEN "
+            "if it is private, or give the path of a local file."
+        ) from error
+
+
+def _commit_read(data: Any) -> str | None:
+    """The commit of the rows, by which `datasets` names a folder: it takes the newest it has if it gets no other."""
+    folder = Path(data.cache_files[0]["filename"]).parent.name if data.cache_files else ""
+    return folder if COMMIT.fullmatch(folder) else None
 
 
 def _sampled(table: Table) -> Table:

@@ -34,7 +34,7 @@ SHARED = ("data", "column", "limit", "held_out", "seeds", "store", "output", "te
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     data: tuple[str, ...]
-    """Files (JSONL, CSV, TXT, Parquet, .gz), globs, Hub data sets as org/name:config:split."""
+    """Files (JSONL, CSV, TXT, Parquet, .gz), globs, Hub data sets as org/name@REVISION:config:split (else main)."""
     variants: tuple[str, ...] = ()
     """Each the flags that it changes, without dashes, commas between them: "train.bank-size 1024, loss.kl 1"."""
     column: str | None = None

@@ -154,7 +154,7 @@ def together(
     training.fit(LabelledTexts.read(encoder, texts, labels, targets), log=steps.append)
 
     cosines["after"] = float(pairwise_cosine(encode_everywhere(encoder, data.test.texts), held_out).mean())
-    provenance = Provenance(teacher=teacher, data=recipe.train_data, loss=repr(training.config))
+    provenance = Provenance(teacher=teacher, data=data.source, loss=repr(training.config))
     distributed.main_first(partial(write, recipe.output, encoder, provenance, steps))
     cli.say(f"cosine to the teacher on the test texts: {cosines['before']:.3f} before, {cosines['after']:.3f} after")
     return head.eval(), {"cosine_to_teacher": cosines}

@@ -35,7 +35,7 @@ OURS, START, INDEX = "distill", "untrained start", " -> teacher's index"
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     data: tuple[str, ...]
-    """Files (JSONL, CSV, TXT, Parquet, .gz), globs, Hub data sets as org/name:config:split."""
+    """Files (JSONL, CSV, TXT, Parquet, .gz), globs, Hub data sets as org/name@REVISION:config:split (else main)."""
     column: str | None = None
     """Column of the texts, or several: "sentence1,sentence2"; by place: "0,1"."""
     limit: int | None = None

@@ -318,6 +318,22 @@ def test_a_run_is_resumed_with_what_changes_no_step(begun: Recipe, options: dict
     cli.record(dataclasses.replace(changed(begun), data="elsewhere/texts/a.txt"), begun.output)
 
 
+COMMIT = "a" * 40
+
+
+@pytest.mark.parametrize("name", ["org/name::train", "org/name@v1::train", f"org/name@{COMMIT}::train"])
+def test_a_run_on_a_hub_data_set_is_resumed_by_the_branch_and_by_the_commit(begun: Recipe, name: str) -> None:
+    path = begun.output / "recipe.json"
+    written = json.loads(path.read_text())
+    for before in ("org/name::train", f"org/name@{COMMIT}::train"):
+        written["recipe"]["data"] = before
+        path.write_text(json.dumps(written))
+        cli.record(dataclasses.replace(changed(begun), data=name), begun.output)
+    for other in ("org/other::train", f"org/name@{COMMIT}::test", "name@v1.txt"):
+        with pytest.raises(IntegrityError, match="--data: was"):
+            cli.record(dataclasses.replace(changed(begun), data=other), begun.output)
+
+
 def test_a_flag_that_is_newer_than_the_run_is_at_its_default(begun: Recipe) -> None:
     path = begun.output / "recipe.json"
     written = json.loads(path.read_text())

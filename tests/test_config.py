@@ -241,6 +241,7 @@ def test_evaluation_data_is_read_by_name_and_a_mistake_in_a_file_shows(tmp_path:
     }
     tasks = EvaluationConfig(sts=("sts.v2.csv",), **names).tasks()
     assert tasks == ["sts spearman", "b accuracy", "docs ndcg@10", "docs recall@10"]
+    assert EvaluationConfig(sts=("org/sts@v1.0::test",)).tasks() == EvaluationConfig(sts=("org/sts::test",)).tasks()
     with pytest.raises(DataError, match=r"absent\.csv"):
         EvaluationConfig(sts=(str(tmp_path / "absent.csv"),)).load([])
 

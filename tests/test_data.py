@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,6 +296,94 @@ def test_hub_data_sets_are_read_like_files(monkeypatch: pytest.MonkeyPatch) -> N
     refused("org/name:odd", "Available")
 
 
+COMMITS = {"main": "a" * 40, "v1": "b" * 40, "refs/convert/parquet": "c" * 40}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """Branches of every Hub data set, to be moved; its one text names the commit, and so does its folder."""
+    import datasets
+    import huggingface_hub
+
+    branches = dict(COMMITS)
+
+    def load(name: str, config: str | None, *, split: str, revision: str | None, token: None) -> datasets.Dataset:
+        commit = branches.get("offline", revision)
+        columns = {"text": [f"{name} at {commit}"], "label": ["x"], "_id": ["1"]}
+        columns |= {"sentence1": ["a"], "sentence2": ["b"], "score": [float("abc".index(commit[0]))]}
+        datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "hub" / commit)
+        return datasets.load_from_disk(tmp_path / "hub" / commit)
+
+    def look_up(api: object, name: str, *, revision: str | None, timeout: float) -> SimpleNamespace:
+        return SimpleNamespace(sha=branches.get(revision or "main", revision))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", look_up)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return branches
+
+
+@pytest.mark.parametrize(
+    ("name", "commit", "named"),
+    [
+        ("org/name", "a", "org/name@{}"),
+        ("org/name:main:test", "a", "org/name@{}:main:test"),
+        ("org/name@v1", "b", "org/name@{}"),
+        ("org/name@v1::test", "b", "org/name@{}::test"),
+        ("name@refs/convert/parquet::test", "c", "name@{}::test"),
+        (f"org/name@{'c' * 40}:main", "c", "org/name@{}:main"),
+    ],
+)
+def test_a_hub_data_set_is_read_and_named_at_its_commit(hub, write, name: str, commit: str, named: str) -> None:
+    found = load_texts(name)
+    assert found.texts == [f"{name.split('@')[0].split(':')[0]} at {commit * 40}"]
+    assert str(found.report).startswith(named.format(commit * 40) + ": 1 texts from 1 rows")
+    assert load_pairs(name).score == ["abc".index(commit)]
+    assert load_labelled(name, name).source == named.format(commit * 40)
+    assert load_retrieval(name, name, write("qrels.txt", "1 0 1 1\n")).corpus == found.texts
+
+
+def test_the_commit_that_a_report_names_gives_the_same_texts_when_the_branch_has_moved(hub) -> None:
+    before = load_texts(["org/name::train", "org/other@v1::train"])
+    assert f"2 sources with org/name@{'a' * 40}::train, org/other@{'b' * 40}::train: 2 texts" in str(before.report)
+    hub["main"] = hub["v1"] = "c" * 40
+    assert load_texts(["org/name::train", "org/other@v1::train"]).texts != before.texts
+    assert load_texts([source.source for source in before.report.sources]).texts == before.texts
+
+
+def test_a_revision_is_of_the_data_sets_that_name_none(hub) -> None:
+    found = load_texts(["org/name::train", f"org/name@{'c' * 40}::train"], revision="v1")
+    assert found.texts == [f"org/name at {'b' * 40}", f"org/name at {'c' * 40}"]
+
+
+def test_another_commit_than_the_one_asked_for_is_refused(hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub["offline"] = "b" * 40
+    with pytest.raises(ResourceError, match=f"commit {'b' * 40}, and {'a' * 40} was asked for"):
+        load_texts("org/name")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ResourceError, match=f"name org/name@{'b' * 40}"):
+        load_texts(f"org/name@{'a' * 40}")
+    for name in ("org/name", "org/name@v1", f"org/name@{'b' * 40}"):
+        assert load_texts(name).report.sources[0].source == f"org/name@{'b' * 40}"
+
+
+def test_a_file_with_an_at_sign_is_a_file(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    write("org/name@v1.txt", "one\n")
+    assert load_texts("org/name@v1.txt").texts == ["one"]
+    assert load_texts(["a/b@c", "me@org/name"]).texts == ["a/b@c", "me@org/name"]
+    names = ["org/name@v1.txt", "org/name@v1:main:test", "n@v1::test", "org/name", "org/name@", "overlap@10 >= 0.6"]
+    assert [*map(tables.without_revision, names)] == [
+        "org/name@v1.txt",
+        "org/name:main:test",
+        "n::test",
+        "org/name",
+        "org/name@",
+        "overlap@10 >= 0.6",
+    ]
+
+
 def test_no_hub_for_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -313,6 +402,21 @@ def test_pairs_with_and_without_a_header(write) -> None:
     path = write("a.jsonl", '{"q": "a", "d": "b", "s": 1}\n')
     assert load_pairs(path, columns=("q", "d", "s")).score == [1.0]
     assert len(load_pairs(write("a.csv", "a,b,1\nc,d,2\n"), limit=1)) == 1
+
+
+@pytest.mark.parametrize("name", ["score", "similarity_score", "label"])
+def test_a_score_is_found_by_each_of_its_names(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import datasets
+
+    rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], name: [4.5, 0.0], "genre": ["news", "news"]}
+    lines = (json.dumps(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: datasets.Dataset.from_dict(rows))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source in (write("a.jsonl", "\n".join(lines)), parquet(tmp_path, rows), "org/sts"):
+        pairs = load_pairs(source)
+        assert (pairs.sentence1, pairs.sentence2, pairs.score) == (["a", "b"], ["c", "d"], [4.5, 0.0])
 
 
 @pytest.mark.parametrize("score", ["", "x", "nan", "inf", "1_000", "1,5"])

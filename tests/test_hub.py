@@ -3,6 +3,8 @@
 import errno
 import json
 import multiprocessing
+import os
+import shutil
 import threading
 import time
 import zipfile
@@ -17,7 +19,7 @@ from distill import packages
 from distill.errors import IntegrityError, ResourceError
 from distill.files import sha256
 from distill.hub import cache_home, dataset_commit, resolve_model
-from distill.packages import PACKAGES, WeightPackage, assemble
+from distill.packages import PACKAGES, WeightPackage, assemble, is_wanted
 
 FIRST, SECOND = "a" * 40, "b" * 40
 FILES = {
@@ -234,6 +236,108 @@ def test_an_interrupted_snapshot_is_not_taken_for_a_model(server: FakeHub, tmp_p
     assert (resolve_model("org/model", cache_dir=tmp_path).path / "model.safetensors").exists()
 
 
+SHARDS = {
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    ).encode(),
+    "one.safetensors": b"1",
+    "two.safetensors": b"2",
+}
+SHARDED = {name: content for name, content in FILES.items() if name != "model.safetensors"} | SHARDS
+
+
+def fetch_with_another_tool(cache: Path, *files: str) -> Path:
+    """One file after the other, as from_pretrained of transformers does: nobody lists what else there is."""
+    from huggingface_hub import hf_hub_download
+
+    for file in files:
+        path = hf_hub_download(
+            "org/model", file, revision=FIRST, cache_dir=cache, endpoint=os.environ["HF_ENDPOINT"], token=None
+        )
+    return Path(path).parents[file.count("/")]
+
+
+def forget_the_tree(cache: Path) -> None:
+    """As if an older huggingface_hub had downloaded it, which kept no list of a commit's files."""
+    shutil.rmtree(cache / "models--org--model" / "trees", ignore_errors=True)
+
+
+@pytest.mark.parametrize("revision", [FIRST, "main", None])
+@pytest.mark.parametrize(
+    ("files", "there", "missing"),
+    [
+        (
+            SHARDED,
+            ["config.json", "modules.json", "model.safetensors.index.json", "one.safetensors"],
+            "two.safetensors",
+        ),
+        (FILES, ["config.json", "model.safetensors", "1_Pooling/config.json"], "modules.json"),
+        (FILES, ["config.json", "modules.json"], "model.safetensors"),
+    ],
+)
+def test_a_part_of_a_snapshot_is_refused_offline_and_completed_online(
+    server: FakeHub, tmp_path: Path, files: dict[str, bytes], there: list[str], missing: str, revision: str | None
+) -> None:
+    server.files = dict(files)
+    fetch_with_another_tool(tmp_path, *there)
+    (tmp_path / "models--org--model" / "refs").mkdir(exist_ok=True)
+    (tmp_path / "models--org--model" / "refs" / "main").write_text(FIRST)
+    with pytest.raises(ResourceError, match=f"HF_HUB_OFFLINE.* lacks {missing}"):
+        resolve_model("org/model", revision=revision, cache_dir=tmp_path, offline=True)
+    assert not (tmp_path / "pins.json").exists()
+    path = resolve_model("org/model", revision=revision, cache_dir=tmp_path).path
+    assert {name for name in files if (path / name).is_file()} == {name for name in files if is_wanted(name)}
+
+
+def test_a_bare_transformer_of_another_tool_gets_its_modules(server: FakeHub, tmp_path: Path) -> None:
+    path = fetch_with_another_tool(tmp_path, "config.json", "model.safetensors", "vocab.txt")
+    assert resolve_model("org/model", revision=FIRST, cache_dir=tmp_path).path == path
+    assert (path / "modules.json").exists()
+
+
+def test_a_whole_snapshot_of_another_tool_serves_offline_and_is_asked_for_once(
+    server: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = fetch_with_another_tool(tmp_path, *filter(is_wanted, FILES))
+    assert resolve_model("org/model", revision=FIRST, cache_dir=tmp_path, offline=True).path == path
+    assert "another tool" in caplog.text
+    server.requests.clear()
+    assert resolve_model("org/model", revision=FIRST, cache_dir=tmp_path).path == path
+    assert not [request for request in server.requests if "resolve" in request]
+    server.requests.clear()
+    caplog.clear()
+    assert resolve_model("org/model", revision=FIRST, cache_dir=tmp_path).path == path
+    assert resolve_model("org/model", revision=FIRST, cache_dir=tmp_path, offline=True).path == path
+    assert (server.requests, caplog.text) == ([], "")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("revision", [FIRST, None])
+@pytest.mark.parametrize("missing", ["modules.json", "vocab.txt", "model.safetensors"])
+def test_a_download_that_broke_off_is_never_taken_for_the_model(
+    server: FakeHub, tmp_path: Path, missing: str, revision: str | None
+) -> None:
+    server.status[missing] = 500
+    with pytest.raises(ResourceError, match="500"):
+        resolve_model("org/model", revision=revision, cache_dir=tmp_path)
+    fetch_with_another_tool(tmp_path, *(name for name in FILES if is_wanted(name) and name != missing))
+    forget_the_tree(tmp_path)
+    with pytest.raises(ResourceError, match=f"HF_HUB_OFFLINE.* lacks {missing}"):
+        resolve_model("org/model", revision=FIRST, cache_dir=tmp_path, offline=True)
+    with pytest.raises(ResourceError, match="500"):
+        resolve_model("org/model", revision=revision, cache_dir=tmp_path)
+    server.status.clear()
+    assert (resolve_model("org/model", revision=revision, cache_dir=tmp_path).path / missing).exists()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_hub_that_goes_away_before_it_lists_the_files(server: FakeHub, tmp_path: Path) -> None:
+    fetch_with_another_tool(tmp_path, "config.json", "model.safetensors")
+    server.status["/tree/"] = 503
+    with pytest.raises(ResourceError, match=r"lacks .*modules\.json"):
+        resolve_model("org/model", revision=FIRST, cache_dir=tmp_path)
+
+
 def test_short_names_belong_to_sentence_transformers_first(server: FakeHub, tmp_path: Path) -> None:
     server.names = {"sentence-transformers/thing"}
     assert resolve_model("thing", cache_dir=tmp_path).name == "sentence-transformers/thing"
@@ -331,9 +435,11 @@ def test_disk_errors_say_so(server: FakeHub, tmp_path: Path, monkeypatch: pytest
     assert "HF_HOME" in str(caught.value)
 
 
-def test_broken_pins_are_named(tmp_path: Path) -> None:
-    (tmp_path / "pins.json").write_text("{")
-    with pytest.raises(ResourceError, match=r"pins\.json.*Delete it"):
+@pytest.mark.parametrize("file", ["pins.json", "downloads.json"])
+def test_broken_records_are_named(server: FakeHub, tmp_path: Path, file: str) -> None:
+    resolve_model("org/model", cache_dir=tmp_path)
+    (tmp_path / file).write_text("{")
+    with pytest.raises(ResourceError, match=rf"{file} cannot be read.*Delete it"):
         resolve_model("org/model", cache_dir=tmp_path, offline=True)
 
 

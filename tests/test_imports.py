@@ -45,6 +45,7 @@ ORDER = [
     "distributed",
     "losses.sentence_transformers",  # an adapter to a trainer, not an objective: `losses` does not import it
     "packages",
+    "model_files",
     "hub",
     "quantized",
     "unpadded.context",

@@ -10,6 +10,7 @@ from distill.data import load_labelled, load_pairs, load_retrieval
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData, task_scores
 from distill.store import packed, text_keys
+from distill.tables import without_revision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class EvaluationConfig:
 
 
 def _stem(name: str) -> str:
-    return Path(name).name.split(".")[0]
+    return Path(without_revision(name)).name.split(".")[0]
 
 
 def hold_out(texts: list[str], count: int | None) -> tuple[list[str], list[str]]:
