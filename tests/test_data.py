@@ -149,6 +149,10 @@ def test_several_sources_globs_and_lists(write, tmp_path: Path, monkeypatch: pyt
     assert [source.kept for source in mixed.report.sources] == [2, 1]
     monkeypatch.chdir(tmp_path)
     refused(["a.txt", "b.text"], "texts or sources", "'b.text'", "item 2")
+    assert load_texts(("a.txt", ["four"])).texts == ["one", "two", "four"]
+    for name, why in {"*.nope": "No file matches", "a.md": "does not exist"}.items():
+        refused((name,), why)
+        refused((name, name), why)
 
 
 def test_a_list_of_texts_is_checked_as_a_file_is() -> None:
@@ -265,6 +269,11 @@ def test_an_unknown_column_gets_a_suggestion(write) -> None:
     refused(path, "no column 'sentense'", "Did you mean sentence?", column="sentense")
     assert load_texts(path, column="sentence, title").texts == ["x", "y"]
     assert load_texts(write("b.jsonl", '{"id": 1, "body": "z"}\n')).texts == ["z"]
+    refused(write("c.jsonl", '{"text": "x"}\n'), "no column 'sentense'", "the columns are 'text'", column="sentense")
+    assert load_texts([write("d.txt", "x\n"), write("e.jsonl", '{"a": "y", "text": "z"}\n')], column="a").texts == [
+        "x",
+        "y",
+    ]
 
 
 # Hub data sets

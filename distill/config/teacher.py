@@ -15,7 +15,7 @@ class TeacherConfig:
     """The model whose vector space the student is to live in."""
 
     name: str = "sentence-transformers/all-mpnet-base-v2"
-    """A local folder, a name on the Hub, or an installed weight package."""
+    """A local folder or a name on the Hub, whose weights may come from an installed package."""
     revision: str | None = None
     """Branch, tag or commit on the Hub; None: the one pinned on first use."""
     max_length: int | None = 128

@@ -98,7 +98,7 @@ def _truncate(folder: Path, width: int) -> None:
 
 def _write_onnx(folder: Path, texts: Sequence[str], *, int8: bool) -> None:
     student = Encoder.from_pretrained(folder)
-    found = load_texts(texts, limit=TEXTS).texts if texts else docstring_pairs(limit=TEXTS // 2).texts()[:TEXTS]
+    found = load_texts(tuple(texts), limit=TEXTS).texts if texts else docstring_pairs(limit=TEXTS // 2).texts()[:TEXTS]
     measured = onnx.export_onnx(student, folder, found, int8=int8)
     prompts = {role: prompt for role, prompt in student.prompts.items() if prompt}
     before = f" Put the prompt of its role before a text: {json.dumps(prompts, ensure_ascii=False)}." if prompts else ""
