@@ -6,6 +6,7 @@ N-th of the work; for any other loss each process computes the whole, with its o
 constants. No collective runs backward either way.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -216,9 +217,15 @@ def _sizes(rows: Tensor) -> list[int]:
 
 
 def finish() -> None:
-    """Leave the group of processes, if there is one."""
+    """Leave the group of processes, if there is one, and end its threads."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # a traceback in a cycle may hold it
+
+
+def hides_bars() -> bool | None:
+    """tqdm's `disable`: None, a bar on a terminal only, on the main process; True on the others."""
+    return None if is_main() else True
 
 
 def concatenate(parts: Sequence[list[Any]]) -> list[Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
+from distill import distributed
 from distill.data import Retrieval
 from distill.errors import DataError
 
@@ -149,7 +150,9 @@ def docstring_pairs(
         share = max(share, limit or 0)
     pairs: list[DocstringPair] = []
     files = unparsed = 0
-    for name in tqdm(names, desc="docstrings", unit=" packages", delay=2, disable=None, leave=False):
+    for name in tqdm(
+        names, desc="docstrings", unit=" packages", delay=2, disable=distributed.hides_bars(), leave=False
+    ):
         reading = _Package(name, found[name], seed, share)
         pairs += reading.pairs
         files, unparsed = files + reading.files, unparsed + reading.unparsed

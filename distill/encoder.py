@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from distill import files, folder, hub
+from distill import distributed, files, folder, hub
 from distill.ahead import ahead
 from distill.errors import DataError, RecipeError
 from distill.folder import UNLIMITED, Parts
@@ -166,7 +166,13 @@ class Encoder(nn.Module):
         tokenized while the one before is computed.
         """
         vectors = torch.empty(len(texts), self.width)
-        bar = tqdm(total=len(texts), desc=progress, unit="text", disable=None if progress else True, delay=2)
+        bar = tqdm(
+            total=len(texts),
+            desc=progress,
+            unit="text",
+            disable=distributed.hides_bars() if progress else True,
+            delay=2,
+        )
         prompt, starts = self.prompt(role), range(0, len(texts), WINDOW)
         windows = ((start, self.tokenize(texts[start : start + WINDOW], prompt=prompt).tokens) for start in starts)
         with _eval_mode(self), bar:
@@ -184,7 +190,7 @@ class Encoder(nn.Module):
             ids = torch.arange(len(self.tokenizer)).split(512)
             parts = [
                 self.compute(self.single_tokens(part.tolist())).cpu()
-                for part in tqdm(ids, desc="tokens", delay=2, disable=None)
+                for part in tqdm(ids, desc="tokens", delay=2, disable=distributed.hides_bars())
             ]
         return torch.cat(parts)
 

@@ -50,8 +50,7 @@ def summary(run: Run, scores: Scores) -> str:
         *_line("gained by training", [f"{metric} {_signed(gain)}" for metric, gain in gains(scores).items()]),
         *_line("against the teacher", _ratios(scores)),
         *(["", scores.stored_table(), ""] if scores.stored else []),
-        f"trained {run.steps:,} steps in {run.seconds:,.0f} s on {run.report}"
-        + (f"; {run.padding:.1%} padding" if run.padding is not None else ""),
+        *textwrap.wrap(_training(run), 120, subsequent_indent="    "),
         "",
         f"The student is in {run.output / 'student'}, all numbers are in {run.output / page.REPORT}, to look at in {run.output / page.PAGE}.",
         "To use it:",
@@ -96,6 +95,11 @@ def _ratios(scores: Scores) -> list[str]:
     smaller = teacher["parameters"] / student["parameters"]
     faster = student["texts_per_second"] / max(teacher["texts_per_second"], 1e-9)
     return [f"{smaller:,.1f}x fewer parameters", f"{faster:,.1f}x the texts/s on {distributed.device().type}"]
+
+
+def _training(run: Run) -> str:
+    padding = f"; {run.padding:.1%} padding" if run.padding is not None else ""
+    return f"trained {run.steps:,} steps in {run.seconds:,.0f} s on {run.report}{padding}"
 
 
 def _line(name: str, items: list[str]) -> list[str]:

@@ -125,7 +125,7 @@ def alone(recipe: Recipe, data: Labelled, encoder: Encoder, chosen: list[int]) -
     optimizer = torch.optim.AdamW(
         parameter_groups(head, lr=recipe.learning_rate, sigma_lr=recipe.sigma_learning_rate, weight_decay=0.0)
     )
-    for _ in tqdm(range(recipe.steps), desc="proxies", delay=2, disable=None):
+    for _ in tqdm(range(recipe.steps), desc="proxies", delay=2, disable=distributed.hides_bars()):
         optimizer.zero_grad()
         classification_loss(head(vectors), labels).backward()
         optimizer.step()

@@ -109,13 +109,14 @@ def _main(module: str, name: str, arguments: str, result: str) -> int:
     import torch
     import torch.distributed as dist
 
+    from distill import distributed
     from distill.errors import DistillError
 
     function = getattr(importlib.import_module(Path(module).stem), name)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     if "MASTER_PORT" in os.environ:
-        importlib.import_module("distill.distributed").device()
+        distributed.device()
     elif "WORLD_SIZE" in os.environ:
         place = Path(result).with_name("rendezvous").resolve()
         world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
@@ -128,7 +129,7 @@ def _main(module: str, name: str, arguments: str, result: str) -> int:
     except KeyboardInterrupt:
         return 130
     if dist.is_initialized():
-        dist.destroy_process_group()
+        distributed.finish()
         left = [name for name in _threads() if "gloo" in name]
         assert not left, f"something holds the group of processes: {left} could abort the interpreter's end"
     Path(result).write_text(json.dumps(value))

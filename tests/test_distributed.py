@@ -304,7 +304,7 @@ def test_another_thread_has_no_part_in_a_share() -> None:
 
 def test_one_ctrl_c_ends_all_and_whoever_finds_the_others_gone_says_what_stopped_it(tmp_path: Path) -> None:
     group = processes.start(_stopped_last, 2, tmp_path)
-    assert group.wait() == [0, 143]
+    assert group.wait() == [0, 143], group.output()
     assert json.loads((group.folder / "0.json").read_text()) == [143, 143, 143]
 
 

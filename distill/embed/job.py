@@ -118,7 +118,7 @@ class Job:
         batches, each, done, start = self._batches(wanted, missing), 1, 0, time.monotonic()
         computed: list[Rows] = []
         self._reading()
-        bar = tqdm(total=int(missing.sum()), desc=self.name, unit="text", delay=2, disable=_quiet())
+        bar = tqdm(total=int(missing.sum()), desc=self.name, unit="text", delay=2, disable=distributed.hides_bars())
         with ThreadPoolExecutor(1) as writer:
             while True:
                 began = time.monotonic()
@@ -238,8 +238,3 @@ def flags_of(vectors: np.ndarray, empty: np.ndarray) -> np.ndarray:
 
 def _joined(rows: list[Rows]) -> Rows:
     return Rows(*(np.concatenate(column) for column in zip(*(vars(row).values() for row in rows), strict=True)))
-
-
-def _quiet() -> bool | None:
-    """tqdm's disable: None shows a bar on a terminal only."""
-    return None if distributed.is_main() else True

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from distill import distributed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.heads import RIDGES
@@ -80,7 +81,7 @@ def choose_layers(
         )
     tokens, targets = _usable(teacher, texts, vectors)
     began = time.monotonic()
-    with evaluating(teacher), tqdm(desc="sets of layers", unit="set", delay=2, disable=None) as bar:
+    with evaluating(teacher), tqdm(desc="sets of layers", unit="set", delay=2, disable=distributed.hides_bars()) as bar:
         search = _Search(_Partial(teacher, tokens), targets, projection, budget=int(passes * total), bar=bar)
         best = search.best(count)
     return Choice(

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from distill import distributed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.heads import Projection
@@ -79,7 +80,7 @@ def _batches(
     total, seen = sum(len(some) for _, some in roles), 0
     if isinstance(vectors, Tensor) and len(vectors) != total:
         raise RecipeError(f"fit_projection takes one teacher vector a text, got {len(vectors)} for {total} texts.")
-    with tqdm(total=total, desc="projection", unit="text", delay=2, disable=None) as bar:
+    with tqdm(total=total, desc="projection", unit="text", delay=2, disable=distributed.hides_bars()) as bar:
         for role, some in roles:
             for start in range(0, len(some), BATCH):
                 batch = some[start : start + BATCH]

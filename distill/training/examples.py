@@ -76,7 +76,7 @@ def _part(texts: list[str], role: str | None, student: Encoder, teacher: Encoder
     cut = np.array(tokenized.truncated)
     notes += [f"{cut.mean():.1%} cut by the student"] if cut.any() else []
     full = store.token_counts[rows] >= teacher.max_length  # a store does not keep whether there was more
-    notes += [f"{full.mean():.1%} of the teacher's max_length or longer"] if full.any() else []
+    notes += [f"{full.mean():.1%} reach the teacher's limit"] if full.any() else []
     chosen = np.flatnonzero(good)
     short = torch.from_numpy(keys[chosen, 0].view(np.int64))
     return Examples(

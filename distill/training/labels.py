@@ -146,7 +146,7 @@ class LabelTraining:
         size, seed = self.config.batch_size, self.config.seed or 0
         steps = max(1, round(self.config.epochs * sampling.steps_per_epoch(len(texts), size, 1)))
         fixed = self.head.weight.detach()[: fixed_classes * self.head.nb_proxy].clone()
-        bar = tqdm(range(steps), desc=progress, unit="step", delay=2, disable=None if distributed.is_main() else True)
+        bar = tqdm(range(steps), desc=progress, unit="step", delay=2, disable=distributed.hides_bars())
         for step in bar:
             [rows] = sampling.batches(step, len(texts), batch_size=size, accumulation=1, seed=seed)
             entry = self._step(texts, torch.from_numpy(rows), self._rate((step + 0.5) / steps))

@@ -299,5 +299,5 @@ def _describe(loss: Loss) -> str:
 
 
 def _bar(first: int, total: int) -> tqdm:
-    shown = None if distributed.is_main() else True
-    return tqdm(total=total, initial=first, desc="training", unit="step", delay=2, disable=shown)
+    hides = distributed.hides_bars()
+    return tqdm(total=total, initial=first, desc="training", unit="step", delay=2, disable=hides)

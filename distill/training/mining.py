@@ -55,8 +55,7 @@ def _digest(data: Examples, store: Store, count: int, margin: float) -> str:
 def _own_blocks(data: Examples, store: Store, count: int, margin: float, device: torch.device) -> dict[int, np.ndarray]:
     """This process's blocks of texts, by their first row. A block is the same whoever computes it."""
     starts = range(0, len(data), ROWS)[distributed.rank() :: distributed.world_size()]
-    shown = None if distributed.is_main() else True
-    bar = tqdm(starts, desc="neighbours", unit="block", delay=2, disable=shown)
+    bar = tqdm(starts, desc="neighbours", unit="block", delay=2, disable=distributed.hides_bars())
     return {start: _block(data, store, start, count, margin, device) for start in bar}
 
 
