@@ -9,7 +9,6 @@ is out of reach, if it has all files that it names itself.
 Nothing is unpickled: safetensors, JSON and text are all that is ever fetched or unpacked.
 """
 
-import difflib
 import json
 import logging
 import os
@@ -24,13 +23,12 @@ from filelock import FileLock
 
 from distill.errors import ResourceError
 from distill.files import write_json
+from distill.hub_errors import explain, few, is_unknown, reason
 from distill.model_files import check_files, check_folder, missing_files
 from distill.packages import (
-    DISK_ERRORS,
     PACKAGES,
     UNWANTED,
     WANTED,
-    disk_reason,
     is_installed,
     is_wanted,
     package_folder,
@@ -141,7 +139,7 @@ def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> Model
             raise
         except Exception as error:  # whatever the hub's stack raises is sorted in `reason`
             failure = error
-            if not _is_unknown(error):
+            if not is_unknown(error):
                 break
         else:
             return hub.pin(found, revision)
@@ -155,7 +153,7 @@ def _looked_up(hub: "_Hub", names: Sequence[str], revision: str | None) -> Model
             if commit := hub.pinned_commit(name):
                 log.warning("%s: the pinned commit %s is out of reach; the installed package is used", name, commit)
             return hub.pin(package, revision)
-    raise ResourceError(_explain(failure, names, revision, lacking)) from failure
+    raise ResourceError(explain(failure, names, revision, lacking)) from failure
 
 
 def _from_package(name: str, hub: "_Hub") -> ModelSource | None:
@@ -281,7 +279,7 @@ class _Hub:
             **self.access,
         )
         if missing := missing_files(Path(path), wanted):  # the Hub went away before it was asked for them
-            raise ConnectionError(f"{_few(missing)} did not come")
+            raise ConnectionError(f"{few(missing)} did not come")
         return ModelSource(path=Path(path), name=name, commit=info.sha, origin="hub")
 
 
@@ -311,73 +309,3 @@ def is_offline() -> bool:
 
     flags = (os.environ.get("HF_HUB_OFFLINE"), os.environ.get("TRANSFORMERS_OFFLINE"))
     return constants.HF_HUB_OFFLINE or any((flag or "").upper() in {"1", "ON", "YES", "TRUE"} for flag in flags)
-
-
-# What went wrong, in one message
-
-
-def _is_unknown(error: Exception) -> bool:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    return isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
-
-
-def _explain(error: Exception | None, names: Sequence[str], revision: str | None, lacking: Sequence[str]) -> str:
-    name = names[0]
-    at = f" at revision {revision!r}" if revision else ""
-    ways = ["give the path of a local folder"]
-    if package := PACKAGES.get(name):
-        ways.append(
-            f"{package.install} brings the weights without the Hub" + (" (no revision then)" if revision else "")
-        )
-    if close := difflib.get_close_matches(name, PACKAGES, n=1, cutoff=0.7):
-        ways += [] if close[0] == name else [f"did you mean {close[0]}"]
-    why = f"{reason(error)}; what the cache has of it lacks {_few(lacking)}" if lacking else reason(error)
-    return f"Cannot get the model {name}{at}: {why}. Ways out: {'; '.join(ways)}."
-
-
-def _few(files: Sequence[str]) -> str:
-    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-
-
-def reason(error: Exception | None, access: Literal["read", "write"] = "read") -> str:
-    """What went wrong between here and the Hub, and what to do about it, in one line. None: it was not to be asked."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
-
-    if error is None:
-        return "it is not whole in the cache, and HF_HUB_OFFLINE forbids asking the Hub (unset it to download)"
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return reason(error.__cause__, access)
-    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
-    if isinstance(error, GatedRepoError):
-        return "its owner grants access one by one (403): ask on its page on the Hub, then set HF_TOKEN to a token of that account"
-    if isinstance(error, RevisionNotFoundError):
-        return "the Hub knows it, but not in this revision"
-    if _is_unknown(error):
-        return (
-            f"the Hub knows nothing of this name, or it is private (then set HF_TOKEN to a token that may {access} it)"
-        )
-    if isinstance(error, HfHubHTTPError):
-        return _status_reason(error.response.status_code, endpoint, access)
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"{disk_reason(error)}; point HF_HOME and DISTILL_HOME to a folder with room that you may write"
-    if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
-        return f"{endpoint} did not answer in time (is there a network, a proxy to set, a mirror for HF_ENDPOINT?)"
-    if "Consistency check" in str(error) or "RemoteProtocol" in type(error).__name__:
-        return "the transfer broke off; run again, it continues where it stopped"
-    return (
-        f"{endpoint} could not be reached ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-    )
-
-
-def _status_reason(status: int, endpoint: str, access: str) -> str:
-    if status in (401, 403):
-        return f"{endpoint} refuses the access ({status}): set HF_TOKEN to a token that may {access} it"
-    if status == 429:
-        return (
-            f"{endpoint} gets too many requests from here (429): wait some minutes, or set HF_TOKEN for a higher limit"
-        )
-    if status >= 500:
-        return f"{endpoint} is out of order ({status}): try again later"
-    return f"{endpoint} answered with status {status}"

@@ -46,7 +46,8 @@ def _record(recipe: Any, output: Path) -> None:
     value = {"command": this_command(), "recipe": json.loads(json.dumps(asdict(recipe), default=str))}
     path, beside = output / "recipe.json", output / "checkpoints" / RECIPE
     try:
-        refuse_other_files(output / "student")
+        for name in ("student", "head"):
+            refuse_other_files(output / name)
         begun = any((output / "checkpoints").glob("step-*"))
         if begun and not {"train", "resume"} & value["recipe"].keys():
             raise RecipeError(f"{output} holds a training run, which this would overwrite; name another --output.")
@@ -59,9 +60,8 @@ def _record(recipe: Any, output: Path) -> None:
                 f"{output} holds an earlier run, which this one replaces (its student, when the new one is done).",
                 file=sys.stderr,
             )
-        if (
-            begun and not resumed and first == path and path.exists()
-        ):  # the earlier one's, should this one fail before it trains
+        if begun and not resumed and first == path and path.exists():
+            # What the checkpoints were begun with, should this run fail before it trains.
             with files.published_file(beside) as temporary:
                 temporary.write_bytes(path.read_bytes())
         for name in ("recipe.json", "report.json", "non-finite.json"):

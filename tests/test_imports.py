@@ -46,6 +46,7 @@ ORDER = [
     "losses.sentence_transformers",  # an adapter to a trainer, not an objective: `losses` does not import it
     "packages",
     "model_files",
+    "hub_errors",
     "hub",
     "quantized",
     "unpadded.context",

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill import distributed, files, hub
+from distill import distributed, files, hub, hub_errors
 from distill.encoder import Encoder
 from distill.errors import RecipeError, ResourceError
 from distill.evaluation.scores import Score, Scores
@@ -105,7 +105,7 @@ def run_tasks(encoders: Mapping[str, Encoder], tasks: Sequence[Any], folder: Pat
         try:
             results = mteb.evaluate(MtebEncoder(encoder), tasks, cache=mteb.ResultCache(folder), co2_tracker=False)
         except OSError as error:  # what `datasets` raises without an answer, and for a name that is not there
-            raise ResourceError(f"MTEB could not get the data of a task: {hub.reason(error)}.") from error
+            raise ResourceError(f"MTEB could not get the data of a task: {hub_errors.reason(error)}.") from error
         found[name] = {result.task_name: float(result.get_score()) for result in results.task_results}
     return found
 

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distill import hub
+from distill import hub, hub_errors
 from distill.errors import RecipeError, ResourceError
 
 
@@ -67,9 +67,9 @@ def push(upload: Upload, *, token: str | None = None) -> str:
             revision=upload.revision,
             commit_message="Upload a student made by distill",
         )
-    except Exception as error:  # whatever the hub's stack raises is sorted in hub.reason
+    except Exception as error:  # whatever the hub's stack raises is sorted in hub_errors.reason
         raise ResourceError(
-            f"{upload.folder} is not on the Hub as {upload.repo}: {hub.reason(error, 'write')}. "
+            f"{upload.folder} is not on the Hub as {upload.repo}: {hub_errors.reason(error, 'write')}. "
             "The same command goes on from what was sent."
         ) from error
     return str(commit.commit_url)
