@@ -12,21 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import DataError
-from distill.tables import (
-    Place,
-    Source,
-    Table,
-    column_names,
-    find_column,
-    meant,
-    read_lines,
-    read_table,
-    read_tables,
-    shown,
-    text_columns,
-)
-
-AT_COMMIT = re.compile(r"@[0-9a-f]{40}(:|$)")  # in the name of a Hub data set's table
+from distill.tables.files import read_lines
+from distill.tables.sources import Source, read_table, read_tables
+from distill.tables.table import Place, Table, column_names, find_column, meant, shown, text_columns
 
 # Texts
 
@@ -36,6 +24,7 @@ class SourceReport:
     """What became of one source: rows read, and of their texts those kept, empty or seen before."""
 
     source: str
+    commit: str | None = None  # of a Hub data set
     rows: int
     kept: int
     empty: int
@@ -73,7 +62,7 @@ class TextReport:
     def __str__(self) -> str:
         if len(self.sources) == 1:
             return str(self.sources[0])
-        pinned = [source.source for source in self.sources if AT_COMMIT.search(source.source)]
+        pinned = [source.source for source in self.sources if source.commit]
         return str(
             SourceReport(
                 source=f"{len(self.sources)} sources" + (f" with {', '.join(pinned)}" if pinned else ""),
@@ -156,7 +145,14 @@ def _collect(
                     seen.add(text)
         if len(kept) == limit:
             break
-    return SourceReport(source=table.name, rows=rows, kept=len(kept) - before, empty=empty, duplicates=duplicates)
+    return SourceReport(
+        source=table.name,
+        commit=table.commit,
+        rows=rows,
+        kept=len(kept) - before,
+        empty=empty,
+        duplicates=duplicates,
+    )
 
 
 # Pairs with a score
@@ -164,12 +160,16 @@ def _collect(
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Two sentences and how alike people found them, row by row. `empty` rows were left out."""
+    """Two sentences and how alike people found them, row by row. `empty` rows were left out.
+
+    `source` is where they come from; a Hub data set with its commit.
+    """
 
     sentence1: list[str]
     sentence2: list[str]
     score: list[float]
     empty: int = 0
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.score)
@@ -209,7 +209,9 @@ def load_pairs(
             break
     if not len(pairs):
         raise DataError(f"{table.name} holds no pair of sentences ({empty} rows are empty).")
-    return Pairs(sentence1=pairs.sentence1, sentence2=pairs.sentence2, score=pairs.score, empty=empty)
+    return Pairs(
+        sentence1=pairs.sentence1, sentence2=pairs.sentence2, score=pairs.score, empty=empty, source=table.name
+    )
 
 
 def _number(table: Table, number: int, row: dict[str, Any], column: str) -> float:
@@ -229,7 +231,10 @@ def _number(table: Table, number: int, row: dict[str, Any], column: str) -> floa
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Documents, queries, and which document is how relevant to which query: qrels[query id][document id] = grade."""
+    """Documents, queries, and which document is how relevant to which query: qrels[query id][document id] = grade.
+
+    `source` is where the three come from; a Hub data set with its commit.
+    """
 
     corpus_ids: list[str]
     corpus: list[str]
@@ -238,6 +243,7 @@ class Retrieval:
     qrels: dict[str, dict[str, int]]
     empty: int = 0  # documents and queries without text, left out
     unknown: int = 0  # judgements of documents or queries that do not exist, left out
+    source: str = ""
 
     def __str__(self) -> str:
         judged = sum(map(len, self.qrels.values()))
@@ -253,8 +259,8 @@ def load_retrieval(corpus: Source, queries: Source, qrels: Source) -> Retrieval:
     Documents and queries come from files or Hub data sets, judgements from a file.
     Negative grades, which TREC gives to junk, count as 0. Judgements of ids that do not exist are left out and counted.
     """
-    corpus_ids, documents, empty_documents = _identified(corpus)
-    query_ids, texts, empty_queries = _identified(queries)
+    corpus_ids, documents, empty_documents, corpus_name = _identified(corpus)
+    query_ids, texts, empty_queries, queries_name = _identified(queries)
     judgements, unknown = _qrels(Path(qrels), set(query_ids), set(corpus_ids))
     return Retrieval(
         corpus_ids=corpus_ids,
@@ -264,10 +270,11 @@ def load_retrieval(corpus: Source, queries: Source, qrels: Source) -> Retrieval:
         qrels=judgements,
         empty=empty_documents + empty_queries,
         unknown=unknown,
+        source=f"{corpus_name}, {queries_name}, {qrels}",
     )
 
 
-def _identified(source: Source) -> tuple[list[str], list[str], int]:
+def _identified(source: Source) -> tuple[list[str], list[str], int, str]:
     table = read_table(source, wanted=("id", "_id", "title", "text"))
     name, text = find_column(table, "_id", "id"), find_column(table, "text")
     seen: dict[str, int] = {}
@@ -287,7 +294,7 @@ def _identified(source: Source) -> tuple[list[str], list[str], int]:
         texts.append(whole)
     if not seen:
         raise DataError(f"{table.name} holds no text with an id.")
-    return list(seen), texts, empty
+    return list(seen), texts, empty, table.name
 
 
 def _qrels(path: Path, queries: set[str], documents: set[str]) -> tuple[dict[str, dict[str, int]], int]:

@@ -12,7 +12,7 @@ from distill import distributed, files
 from distill.errors import IntegrityError, RecipeError, ResourceError, explained
 from distill.export import this_command
 from distill.folder import refuse_other_files
-from distill.tables import without_revision
+from distill.tables.sources import without_revision
 from distill.training.checkpoint import RECIPE
 
 # Flags that may differ between a run and its continuation: they change no step of the training.

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill import tables
 from distill.data import load_labelled, load_pairs, load_retrieval, load_texts
 from distill.errors import DataError, DistillError, ResourceError
+from distill.tables import files, sources
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -222,7 +222,7 @@ def test_a_damaged_gzip_is_named(write) -> None:
 
 
 def test_a_binary_file_is_not_read_into_memory(write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "LONGEST_LINE", 100)
+    monkeypatch.setattr(files, "LONGEST_LINE", 100)
     refused(write("a.txt", "x" * 1000), "line 1", "longer than")
 
 
@@ -347,9 +347,13 @@ def test_a_hub_data_set_is_read_and_named_at_its_commit(hub, write, name: str, c
     found = load_texts(name)
     assert found.texts == [f"{name.split('@')[0].split(':')[0]} at {commit * 40}"]
     assert str(found.report).startswith(named.format(commit * 40) + ": 1 texts from 1 rows")
-    assert load_pairs(name).score == ["abc".index(commit)]
+    assert found.report.sources[0].commit == commit * 40
+    pairs = load_pairs(name)
+    assert (pairs.score, pairs.source) == (["abc".index(commit)], named.format(commit * 40))
     assert load_labelled(name, name).source == named.format(commit * 40)
-    assert load_retrieval(name, name, write("qrels.txt", "1 0 1 1\n")).corpus == found.texts
+    task = load_retrieval(name, name, path := write("qrels.txt", "1 0 1 1\n"))
+    assert task.corpus == found.texts
+    assert task.source == f"{named.format(commit * 40)}, {named.format(commit * 40)}, {path}"
 
 
 def test_the_commit_that_a_report_names_gives_the_same_texts_when_the_branch_has_moved(hub) -> None:
@@ -383,7 +387,7 @@ def test_a_file_with_an_at_sign_is_a_file(write, tmp_path: Path, monkeypatch: py
     assert load_texts("org/name@v1.txt").texts == ["one"]
     assert load_texts(["a/b@c", "me@org/name"]).texts == ["a/b@c", "me@org/name"]
     names = ["org/name@v1.txt", "org/name@v1:main:test", "n@v1::test", "org/name", "org/name@", "overlap@10 >= 0.6"]
-    assert [*map(tables.without_revision, names)] == [
+    assert [*map(sources.without_revision, names)] == [
         "org/name@v1.txt",
         "org/name:main:test",
         "n::test",

@@ -10,7 +10,7 @@ from distill.data import load_labelled, load_pairs, load_retrieval
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData, task_scores
 from distill.store import packed, text_keys
-from distill.tables import without_revision
+from distill.tables.sources import without_revision
 
 
 @dataclass(frozen=True, kw_only=True)

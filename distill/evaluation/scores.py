@@ -86,7 +86,8 @@ class Scores:
     """Scores of several systems on the same data: `table[system][metric]`; fidelity in full: `slices[student]`, all texts first.
 
     `closeups[student]` are some of the texts themselves; they are not in `as_json`, which goes into the exported folder.
-    `stored` are those with vectors in fewer bytes, the float32 ones of a system first.
+    `stored` are those with vectors in fewer bytes, the float32 ones of a system first. `sources` are where the labelled
+    tasks come from.
     """
 
     table: dict[str, dict[str, Score]]
@@ -94,6 +95,7 @@ class Scores:
     slices: dict[str, list[Slice]] = field(default_factory=dict)
     closeups: dict[str, Closeup] = field(default_factory=dict)
     stored: list[Stored] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
 
     def difference(self, first: str, second: str, metric: str) -> Interval:
         """What `first` scores more than `second` on the same rows, with its paired interval."""
@@ -142,10 +144,13 @@ class Scores:
     def as_json(self) -> dict[str, Any]:
         """Plain JSON; a number that is undefined, as a rank correlation of constants, is null."""
         slices = {name: [part.as_json() for part in parts] for name, parts in self.slices.items()}
-        plain = {"scores": {name: _plain(row) for name, row in self.table.items()}, "speed": self.speeds}
-        return (
-            plain | ({"fidelity": slices} if slices else {}) | ({"precisions": self._stored()} if self.stored else {})
-        )
+        return {
+            "scores": {name: _plain(row) for name, row in self.table.items()},
+            "speed": self.speeds,
+            **({"scored_on": self.sources} if self.sources else {}),
+            **({"fidelity": slices} if slices else {}),
+            **({"precisions": self._stored()} if self.stored else {}),
+        }
 
     def kept_of_float32(self, stored: Stored) -> dict[str, float]:
         """The share of each score with float32 vectors that the same system keeps with these."""

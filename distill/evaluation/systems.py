@@ -59,6 +59,14 @@ class EvaluationData:
         roles = dict.fromkeys(role for role, _ in parts)
         return {role: list(dict.fromkeys(t for name, some in parts if name == role for t in some)) for role in roles}
 
+    def sources(self) -> dict[str, str]:
+        """Where each labelled task comes from, as far as it is known; data sets on the Hub with their commits."""
+        found = {name: pairs.source for name, pairs in self.pairs.items()}
+        found |= {name: task.source for name, task in self.retrieval.items()}
+        for name, labelled in self.labelled.items():
+            found[name] = ", ".join(part.source for part in (labelled, labelled.test) if part and part.source)
+        return {name: source for name, source in found.items() if source}
+
     def any_texts(self) -> list[str]:
         """Texts to measure speed on: those for fidelity, or the first task's."""
         texts = list(self.texts) or [text for task in self.retrieval.values() for text in task.corpus]
@@ -114,7 +122,7 @@ def evaluate(
         stored += _stored_scores(name, encode, data)
     everyone = {"teacher": teacher if joined is None else joined.teachers, **students}
     measured = speeds(everyone, data.any_texts()) if speed and data.any_texts() else {}
-    return Scores(table, measured, slices, closeups, stored)
+    return Scores(table, measured, slices, closeups, stored, data.sources())
 
 
 def task_scores(

@@ -142,6 +142,7 @@ def _facts(report: Report) -> Pairs:
         "teacher’s commit": report.get("teacher_commit"),
         "student": _about(report.get("student", {})),
         "texts": report.get("data"),
+        "scored on": "; ".join(f"{name}: {source}" for name, source in report.get("scored_on", {}).items()),
         "loss": report.get("loss"),
         "finished": report.get("finished", "").replace("T", " ").replace("+00:00", " UTC"),
         "versions": versions,

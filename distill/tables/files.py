@@ -1,0 +1,188 @@
+"""Tables from files: JSONL, CSV, TSV and TXT, each also with .gz, and Parquet."""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO
+
+from distill.errors import DataError, ResourceError
+from distill.tables.table import Row, Table, meant, sampled, shown
+
+LONGEST_LINE = 1 << 28  # bytes; a longer "line" is a binary file or a bomb
+SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
+# A CSV has a header when its first row holds one of these, or a column that is asked for.
+HEADER_NAMES = {
+    "text",
+    "sentence",
+    "sentence1",
+    "sentence2",
+    "score",
+    "similarity_score",
+    "label",
+    "category",
+    "intent",
+}
+HEADER_NAMES |= {"query", "question", "answer", "document", "passage", "title", "content", "premise", "hypothesis"}
+HEADER_NAMES |= {"id", "_id"}
+
+
+def is_data_name(name: str) -> bool:
+    return name.lower().removesuffix(".gz").endswith(SUFFIXES)
+
+
+def file_table(path: Path, wanted: tuple[str, ...]) -> Table:
+    readers: dict[str, Callable[[Path, tuple[str, ...]], Table]] = {
+        ".jsonl": _jsonl,
+        ".ndjson": _jsonl,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+        ".txt": _txt,
+    }
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if not path.is_file():
+        near = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {kind}.{meant(path.name, near)}")
+    if suffix not in readers:
+        raise DataError(f"{path}: cannot tell the format from the ending {suffix!r}; known are {', '.join(SUFFIXES)}.")
+    return readers[suffix](path, wanted)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines without their ends, decoded one by one, so that broken bytes can be named by their line."""
+    number = 0
+    try:
+        with _opened(path) as file:
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                if len(line) == LONGEST_LINE:
+                    raise DataError(f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MB. Is it a text file?")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        hint = " The file looks like UTF-16." if number == 1 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise DataError(
+            f"{path}, line {number}: byte {error.object[error.start]:#04x} at position {error.start} is no UTF-8.{hint} "
+            f"Convert the file: iconv -f ENCODING -t UTF-8 {path.name}"
+        ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{path}: the gzip stream is damaged after line {number} ({error}). Copy the file anew."
+        ) from error
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read after line {number}: {error.strerror or error}.") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if not packed:
+            yield file
+            return
+        with gzip.open(file) as unpacked:
+            yield unpacked  # type: ignore[misc]  # GzipFile reads bytes as IO[bytes] does
+
+
+def _txt(path: Path, wanted: tuple[str, ...]) -> Table:
+    rows = ((number, {"text": line.rstrip("\r\n")}) for number, line in read_lines(path))
+    return Table(name=str(path), unit="line", columns=["text"], rows=rows, unnamed=True)
+
+
+def _jsonl(path: Path, wanted: tuple[str, ...]) -> Table:
+    def objects() -> Iterator[Row]:
+        for number, line in read_lines(path):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: no JSON ({error or 'nested too deep'}).") from None
+            if not isinstance(value, dict):
+                raise DataError(
+                    f'{path}, line {number}: an object such as {{"text": ...}} is expected, got {shown(value)}.'
+                )
+            yield number, value
+
+    return sampled(Table(name=str(path), unit="line", columns=[], rows=objects()))
+
+
+def _csv(path: Path, wanted: tuple[str, ...]) -> Table:
+    # The limit of 131,072 characters a cell is global to the csv module, and a long document exceeds it.
+    csv.field_size_limit(LONGEST_LINE)
+    tabs = Path(path.name.lower().removesuffix(".gz")).suffix == ".tsv"
+    lines = (line for _, line in read_lines(path))
+    # strict: a quote that is never closed would otherwise swallow the rest of the file without a word.
+    reader = csv.reader(
+        lines, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True
+    )
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        while True:
+            start = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"{path}: the row that starts in line {start} is no sound CSV ({error}).") from None
+            if cells is None:
+                return
+            yield start, cells
+
+    rows = records()
+    number, first = next(((number, cells) for number, cells in rows if cells), (0, []))
+    header = bool({cell.strip().lower() for cell in first} & HEADER_NAMES or set(wanted) & set(first))
+    columns = [cell.strip() for cell in first] if header else [str(index) for index in range(len(first))]
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{path}, line {number}: two columns have one name: {', '.join(columns)}.")
+
+    def named() -> Iterator[Row]:
+        for number, cells in rows if header else chain([(number_of_first, first)] if first else [], rows):
+            if not cells:
+                cells = [""] * len(columns)  # a blank line is an empty row
+            if len(cells) != len(columns):
+                raise DataError(
+                    f"{path}, line {number}: {len(cells)} cells, but {len(columns)} in the first row. "
+                    "A text with a comma has to stand in quotes."
+                )
+            yield number, dict(zip(columns, cells, strict=True))
+
+    number_of_first = number
+    shown = "" if header else ", ".join(first)[:80]
+    return sampled(Table(name=str(path), unit="line", columns=columns, rows=named(), typed=False, first=shown))
+
+
+def _parquet(path: Path, wanted: tuple[str, ...]) -> Table:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no Parquet file ({str(error).splitlines()[0]}).") from error
+    types = {item.name: item.type for item in file.schema_arrow}
+    texts = [name for name, kind in types.items() if name == "text" or "string" in str(kind)]  # also of dictionaries
+    read = [name for name in types if name in wanted] or texts
+
+    def rows() -> Iterator[Row]:
+        number = 0
+        try:
+            for batch in file.iter_batches(batch_size=1024, columns=read):
+                cells = [batch.column(index) for index in range(batch.num_columns)]
+                for index in range(batch.num_rows):
+                    number += 1
+                    yield (
+                        number,
+                        {name: cell[index].as_py() for name, cell in zip(batch.schema.names, cells, strict=True)},
+                    )
+        except UnicodeDecodeError:
+            raise DataError(f"{path}, row {number}: a text is no UTF-8.") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{path} is damaged after row {number} ({str(error).splitlines()[0]}).") from error
+
+    return sampled(Table(name=str(path), unit="row", columns=list(types), rows=rows()))

@@ -1,0 +1,69 @@
+"""Tables from data sets on the Hub, by `datasets`."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distill.errors import DataError, ResourceError
+from distill.hub import COMMIT, dataset_commit
+from distill.tables.table import Row, Table, sampled
+
+# NAME or NAME@REVISION, then :CONFIG:SPLIT; without an ORG/ in front, both colons are there.
+HUB_DATA = re.compile(
+    r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?(:[\w.-]*){0,2}|[A-Za-z0-9][\w.-]*(@[\w./-]+)?(:[\w.-]*){2}"
+)
+
+
+def hub_table(name: str, revision: str | None, token: str | None, wanted: tuple[str, ...]) -> Table:
+    """A split of a Hub data set, "org/name@REVISION:config:split"; `main`, the default and `train` if none is named.
+
+    The table's name has the commit that was read in place of the revision, where it is known.
+    """
+    from datasets import ClassLabel
+
+    whole, config, split = (*name.split(":"), "", "")[:3]
+    repository, _, named = whole.partition("@")
+    revision = dataset_commit(repository, revision=named or revision, token=token) or named or revision
+    data = _fetched(name, repository, config or None, split=split or "train", revision=revision, token=token)
+    commit = _commit_read(data) or revision
+    if revision and COMMIT.fullmatch(revision) and commit != revision:
+        raise ResourceError(
+            f"Cannot get the data set {name}: `datasets` fell back on what it has, commit {commit}, and {revision} was asked for. "
+            f"Unset HF_HUB_OFFLINE and try again, or name {repository}@{commit}."
+        )
+    title = name.replace(whole, f"{repository}@{commit}", 1) if commit else name
+    columns = list(data.column_names)
+    texts = [name for name in columns if name == "text" or getattr(data.features[name], "dtype", "") == "string"]
+    data = data.select_columns([name for name in columns if name in wanted] or texts)  # pictures stay undecoded
+    classes = {key: value for key, value in data.features.items() if isinstance(value, ClassLabel)}
+
+    def rows() -> Iterator[Row]:
+        for number, row in enumerate(data, 1):
+            for key, kind in classes.items():
+                if isinstance(row[key], int) and row[key] >= 0:
+                    row[key] = kind.int2str(row[key])
+            yield number, row
+
+    return sampled(Table(name=title, unit="row", columns=columns, rows=rows(), commit=commit))
+
+
+def _fetched(name: str, *place: str | None, **options: Any) -> Any:
+    """`load_dataset(*place, **options)`, with what goes wrong told of `name`."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(*place, **options)
+    except ValueError as error:  # an unknown configuration or split; the message lists those there are
+        raise DataError(f"{name}: {error}") from error
+    except Exception as error:  # the stack below raises the errors of four libraries
+        raise ResourceError(
+            f"Cannot get the data set {name}: {type(error).__name__}: {error}. Check its name and the network, set HF_TOKEN "
+            "if it is private, or give the path of a local file."
+        ) from error
+
+
+def _commit_read(data: Any) -> str | None:
+    """The commit of the rows, by which `datasets` names a folder: it takes the newest it has if it gets no other."""
+    folder = Path(data.cache_files[0]["filename"]).parent.name if data.cache_files else ""
+    return folder if COMMIT.fullmatch(folder) else None
