@@ -24,7 +24,7 @@ from distill.recording import record as record
 from distill.training.settings import TrainConfig
 
 Recipe = TypeVar("Recipe")
-WRONG = "\n\nWhat goes wrong is told in one message; --debug adds the traceback."
+WRONG = "\n\nErrors are reported in one message; --debug adds the traceback."
 
 
 def run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: Sequence[str] | None = None) -> NoReturn:

@@ -24,9 +24,9 @@ class JoinConfig:
     method: Method = "procrustes"
     """procrustes: a mean in the space of --teacher, whose index stays; concatenate: side by side, a space of its own; gram: the same in --join.width numbers."""
     weights: tuple[float, ...] = ()
-    """One a teacher, that of --teacher first; none given: equal."""
+    """One weight for each teacher, that of --teacher first. None given: equal."""
     width: int | None = None
-    """Numbers a vector, of gram, and of concatenate if it is to be reduced."""
+    """Width of the joined vectors: needed by gram, optional for concatenate."""
 
     def __post_init__(self) -> None:
         if not self.teachers and (self.method, self.weights, self.width) != ("procrustes", (), None):

@@ -27,7 +27,7 @@ def fitted(text: str, asked: Sequence[str]) -> str:
     if asked or len(text.splitlines()) <= TWO_SCREENS:
         return text
     short = "".join(_short(name, group) for name, group in groups.items())
-    return f"{head}{own}{short}\n --help GROUP tells of a group's flags, --help {ALL} of every one.\n"
+    return f"{head}{own}{short}\n --help GROUP describes a group's flags, --help {ALL} every flag.\n"
 
 
 def _short(name: str, group: str) -> str:

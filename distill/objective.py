@@ -31,32 +31,32 @@ TERMS: dict[str, Callable[[float], nn.Module]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the terms; 0 leaves a term out."""
+    """Weights of the terms of the loss; 0 leaves a term out."""
 
     cosine: float = 1.0
-    """Each text to its twin."""
+    """Cosine distance of each text to its twin, the teacher's vector of the same text."""
     contrastive: float = 0.3
-    """Each text's twin found among the bank."""
+    """Contrastive loss: each text's twin is to be found among the bank."""
     contrastive_until: float | None = None
     """Share of the run in which the contrastive term fades out; None: it stays."""
     kl: float = 0.0
-    """The teacher's distribution over the bank."""
+    """KL from the teacher's distribution over the bank to the student's."""
     kl_until: float = 0.5
     """Share of the run in which the KL term fades out."""
     gram_mse: float = 0.0
-    """Cosines among the batch's texts: their squared differences."""
+    """Squared differences of the cosines among the batch's texts."""
     gram_kl: float = 0.0
-    """Cosines among the batch's texts: the teacher's distribution over them."""
+    """KL from the teacher's distribution over the batch's texts to the student's."""
     rkd_distance: float = 0.0
-    """Distances among the batch's texts, over their mean."""
+    """Huber loss of the distances among the batch's texts, over their mean."""
     relational_until: float = 0.5
     """Share of the run in which the terms among the batch's texts fade out."""
     widths: tuple[int, ...] = ()
-    """Narrower widths at which all terms count, too: a vector cut there is to be one."""
+    """Matryoshka: all terms also on vectors cut to each of these widths, so that cut vectors can be used."""
     temperature: float | Literal["auto"] = 0.07
-    """Of contrastive and both KL; auto: by the perplexity of the teacher's rows."""
+    """Of contrastive and both KL. auto: the one at which the teacher's rows have --loss.perplexity."""
     perplexity: float = 30.0
-    """Of temperature auto: the texts that a teacher's row speaks of."""
+    """With temperature auto: over how many texts, in effect, a row of the teacher spreads."""
 
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in TERMS}

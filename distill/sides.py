@@ -13,20 +13,20 @@ from distill.evaluation import EvaluationData
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """Queries and documents apart; not given: as the models' folders say, documents cut at --teacher.max-length."""
+    """Prompts and limits of queries and documents; by default the models' own and --teacher.max-length."""
 
     query_prompt: str | None = None
     """Put before each query for the teacher."""
     document_prompt: str | None = None
     """Put before each document for the teacher."""
     query_max_length: int | None = None
-    """The teacher's tokens that queries are cut to, for both models."""
+    """Cut queries, for both models, to this many of the teacher's tokens."""
     student_query_prompt: str | None = None
-    """The same for the student."""
+    """Put before each query for the student."""
     student_document_prompt: str | None = None
-    """The same for the student."""
+    """Put before each document for the student."""
     student_max_length: int | None = None
-    """Its own tokens that the student cuts any text to."""
+    """The student cuts every text to this many of its own tokens."""
 
     def __post_init__(self) -> None:
         at_least(1, "--sides.query-max-length", self.query_max_length)

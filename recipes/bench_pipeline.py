@@ -60,7 +60,7 @@ class Recipe:
     column: str | None = None
     """Column of the texts."""
     limit: int = 2048
-    """Use this many texts, evenly spaced over all; the teacher embeds them once, into the store, for the training steps."""
+    """Use this many of the texts, evenly spaced; the teacher embeds them once, into the store, for the training steps."""
     parts: tuple[Part, ...] = get_args(Part)
     """teacher: texts into vectors; step: a transformer student; static: a static one; reading: stored vectors."""
     repeats: int = 5
@@ -78,7 +78,7 @@ class Recipe:
     static_batch_size: int = 256
     """Texts an update of a static student."""
     learning_rate: float = 3e-4
-    """Of all trainers."""
+    """Learning rate of all trainers."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Of all trainers; the teacher's is --teacher.compute-dtype."""
     rows: int = 262144

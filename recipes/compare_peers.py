@@ -45,11 +45,11 @@ class Recipe:
     minutes: float = 3.0
     """Wall time of each training."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of each way that trains."""
+    """Seeds of each way that trains."""
     peers: tuple[str, ...] = tuple(PEERS)
-    """Which other ways; those that are not installed are left out, and said so."""
+    """Which other libraries to run; those not installed are left out and reported."""
     peer_seeds: int | None = None
-    """They train with the first of --seeds, this many; None: with all."""
+    """Train the others with only the first so many of --seeds. None: with all."""
     peer_batch_size: int | None = None
     """None: that of --train."""
     peer_learning_rate: float | None = None

@@ -36,7 +36,7 @@ class Recipe:
     column: str | None = None
     """Column of the texts."""
     limit: int | None = 2000
-    """Of these texts, at most."""
+    """Read at most this many of --texts."""
     speed: bool = True
     """Measure texts a second, the teacher's, too: half a second or more a model."""
     mteb: tuple[str, ...] = ()

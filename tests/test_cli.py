@@ -133,7 +133,7 @@ class OnLabels:
 @pytest.mark.parametrize("group", ["train", "labels"])
 def test_the_clipping_is_turned_off_as_its_help_says(run: Run, group: str) -> None:
     code, out, _ = run("--help", group, kind=OnLabels)
-    assert (code, "0 leaves it. (default: 1.0)" in " ".join(out.split())) == (0, True)
+    assert (code, "0: do not clip. (default: 1.0)" in " ".join(out.split())) == (0, True)
     recipe = cli._parse(OnLabels, [f"--{group}.clip-norm", "0"], "A recipe.")
     assert getattr(recipe, group).clip_norm == 0
     assert run(f"--{group}.clip-norm", "-1", kind=OnLabels)[2] == (

@@ -193,6 +193,12 @@ def test_relative_links_resolve() -> None:
         assert path or section.removeprefix("#") in anchors, f"README.md has no section {section}"
 
 
+def test_the_contents_of_the_results_name_each_section() -> None:
+    results = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    sections = [f"#{anchor(title)}" for title in re.findall(r"^## (.*)$", results, re.M)]
+    assert [section for path, section in LINK.findall(results) if not path] == sections
+
+
 def anchor(title: str) -> str:
     """As GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

@@ -30,7 +30,7 @@ class EvaluationConfig:
     classify_test: str | None = None
     """Labelled texts to classify."""
     precisions: tuple[Literal["int8", "uint8", "binary", "ubinary"], ...] = ()
-    """Of stored vectors, measured beside float32: what is left of neighbours and rankings."""
+    """Score also with vectors stored in these types: what is left of neighbours and rankings."""
 
     def __post_init__(self) -> None:
         for names in (("corpus", "queries", "qrels"), ("classify_train", "classify_test")):

@@ -40,23 +40,23 @@ class StudentConfig:
     name: str | None = None
     """Folder or Hub name of the pretrained model; of kind layers: of a student whose layers are kept instead of the teacher's."""
     projection: Literal["ridge", "none"] = "none"
-    """ridge: its last Dense layer starts at the closed-form solution."""
+    """ridge: the last Dense layer starts at the closed-form solution, ridge regression to the teacher's vectors."""
     train_token_table: bool = False
     """Train the input embeddings of kept layers or of a pretrained transformer, too; a tiny student always trains its own."""
     vocabulary: int | None = None
-    """Tokens of a static student, those that the texts use most; None: all of the teacher's."""
+    """How many tokens a static student keeps, those that the texts use most. None: all of the teacher's."""
     characters: Literal["all", "seen"] = "all"
     """Of --student.vocabulary: keep every single character, or those of the texts, which leaves room for words."""
     words: int = 0
-    """Frequent words of the texts that become tokens of a static student, of those that take several now."""
+    """How many frequent words of the texts, of those that take several tokens now, become tokens of a static student."""
     table: TableFormat = "float32"
     """How a static student's folder holds its table. float16 opens anywhere; int8, a quarter of the bytes, where distill is installed."""
     intermediate: int | None = None
-    """Feed-forward neurons that stay in each layer of kept layers or of a pretrained model, chosen by 256 texts; None: all."""
+    """Feed-forward neurons to keep in each layer of kept layers or of a pretrained model, chosen on 256 texts. None: all."""
     heads: int | None = None
-    """Attention heads that stay in each layer, likewise; only of classes whose config can name fewer (Qwen, Llama, Gemma)."""
+    """Attention heads to keep in each layer, likewise; only in classes whose config can name fewer (Qwen, Llama, Gemma)."""
     space: int | None = None
-    """Numbers a vector in a narrower space, the teacher's first principal directions; an index is turned to it. None: the teacher's."""
+    """Width of a narrower space, the teacher's first principal directions; an index can be converted to it. None: the teacher's space."""
 
     def __post_init__(self) -> None:
         if (self.kind == "pretrained" and self.name is None) or (self.kind in ("static", "tiny") and self.name):

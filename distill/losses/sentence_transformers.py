@@ -121,7 +121,7 @@ def token_keys(features: Mapping[str, Any]) -> Int[Tensor, "b"]:
     """A key for each text, by its tokens: equal for equal tokens, wherever the padding stands.
 
     Of a batch's features: a bank has its keys by `token_keys(model.preprocess(texts))`, with the dataset's prompt. Texts
-    that differ only behind max_length are equal. Two others are with a probability of 2^-64.
+    that differ only behind max_length are equal. Other texts collide with a probability of 2^-64.
     """
     ids = features["input_ids"]
     if "offsets" in features:  # a static model: one row of tokens for all texts

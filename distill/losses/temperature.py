@@ -15,7 +15,8 @@ from distill.similarity import cosine_similarity_matrix
 # rest. all-mpnet-base-v2 on 71,013 sentences: tau is .053 over 256 columns, .041 over 4,352, .039 over 65,792, where a
 # fixed .07 would mean perplexities of 59, 457 and 3,126. t-SNE's customary ones are 5 to 50.
 PERPLEXITY = 30.0
-# Share of the rows above which they are warned of. Held by one column are there 7 to 13 % at perplexity 30, 30 % at tau .02.
+# Share of the rows above which there is a warning. At perplexity 30, 7 to 13 % of the rows put most weight on one column; at
+# tau .02, 30 %.
 MANY = 0.15
 MOST_ROWS, MOST_COSINES, CHUNK_COSINES = 1024, 2**25, 2**21
 

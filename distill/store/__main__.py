@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m distill.store", description="Look at a store of teacher vectors.")
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.store", description="Inspect, repair, compress or export a store of teacher vectors."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in {
         "info": "what is in it, and what compression cost",

@@ -49,7 +49,7 @@ class LabelConfig:
     warmup_fraction: float = 0.1
     """Share of the steps in which the rates rise from 0; a cosine brings them down again."""
     clip_norm: float | None = 1.0
-    """Largest norm of the encoder's gradient; 0 leaves it."""
+    """Clip the encoder's gradient to this norm. 0: do not clip."""
     seed: int | None = None
     """Of the order of texts; None: the recipe's."""
 

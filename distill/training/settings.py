@@ -49,33 +49,33 @@ class TrainConfig:
     table_rate: float = 1.0
     """Multiplies the rate of the token table, a static one or a transformer's."""
     table_update: Literal["dense", "rows"] = "dense"
-    """rows: a row of a static table waits until a text uses it, and makes its steps then."""
+    """rows: update a row of a static table only when a text uses it, with all the AdamW steps it missed."""
     layer_decay: float = 1.0
     """Multiplies the rate of a transformer's layer, once for each layer above it."""
     start_decay: float | None = None
-    """Pull of a static table's rows to their start, over 1 + the token's count."""
+    """Strength of the pull of a static table's rows back to their start, divided by 1 + the token's count in the texts."""
     ema_decay: float | None = None
-    """Of an average of the weights, which becomes the student: .9 to .999; 0: none."""
+    """Decay of a running average of the weights, which becomes the student: .9 to .999. None or 0: no average."""
     warmup_fraction: float = 0.1
     """Share of the steps in which the rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """What the rate does after the warm-up."""
     clip_norm: float | None = 1.0
-    """Largest norm of the gradient; 0 leaves it."""
+    """Clip the gradient to this norm. 0: do not clip."""
     dropout: bool = False
     """Keep the model's dropout. A student that copies vectors is better without."""
     bank_size: int = 0
     """Further teacher vectors, of other texts, as columns of student x teacher losses."""
     hard_stage: float | None = None
-    """Last share of the steps: the bank is the batch's nearest texts by the teacher."""
+    """Share of the steps, at the end, in which the bank holds hard negatives: the batch's nearest texts by the teacher."""
     hard_neighbours: int = 16
-    """Of the hard stage: nearest texts of each text, as far as bank_size goes."""
+    """In the hard stage: how many nearest texts of each text, as far as bank_size goes."""
     hard_margin: float = 0.95
-    """Of the hard stage: a text of a higher cosine says the same, and is left out."""
+    """In the hard stage: leave out texts of a higher cosine by the teacher, which say the same."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: autocast in the encoder; losses stay in float32."""
     compile: bool = False
-    """torch.compile a transformer; takes a minute first, and rounds otherwise."""
+    """Compile a transformer with torch.compile: a minute before the first step; results differ by rounding."""
     gradient_checkpointing: bool = False
     """Run a transformer's layers again in the backward pass: less memory, more time."""
     read_ahead: bool | None = None
