@@ -131,6 +131,34 @@ def test_float32_is_exact_to_1e5_where_autograd_is_not(name: str) -> None:
     assert (ours - truth).norm() <= 1e-5 * truth.norm()
 
 
+# Differences of the logits that lie around -4 to -14, hence hardly vary: less their mean they are small.
+SHIFTED = {
+    "kl, a flatter student": (partial(cross_kl, temperature=0.2, teacher_temperature=0.07), 0.0),
+    "kl, a much flatter student": (partial(cross_kl, temperature=1.0, teacher_temperature=0.07), 0.0),
+    "kl, a student out of the teacher's cone": (partial(cross_kl, temperature=0.05), 4.0),
+    "gram kl, a student out of the teacher's cone": (partial(gram_kl, temperature=0.05), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_float32_is_exact_where_all_logits_differ_alike(name: str) -> None:
+    loss, off = SHIFTED[name]
+    centre = torch.randn(1, 64)
+    teacher = 3 * centre + torch.randn(64, 64)
+    student = teacher - off * centre + 0.3 * torch.randn(64, 64)
+    truth = gradient(lambda s: loss(s, teacher.double()), student.double())
+    ours = gradient(lambda s: loss(s, teacher), student)
+    assert (ours - truth).norm() <= 1e-5 * truth.norm()
+    torch.testing.assert_close(
+        loss(student, teacher).double(), loss(student.double(), teacher.double()), rtol=1e-5, atol=0
+    )
+
+
+def test_a_divergence_is_never_below_zero() -> None:
+    values = [cross_kl(*torch.randn(2, 5, 1), temperature=0.005, teacher_temperature=0.01) for _ in range(300)]
+    assert min(values) >= 0
+
+
 @every_loss
 def test_a_matmul_precision_that_somebody_set_does_not_reach_the_losses(case: Case) -> None:
     student, teacher = inputs(case, 64, torch.float32, d=64)

@@ -1,8 +1,9 @@
 """KL between softmax rows: the teacher's p against the student's q, over the columns of one matrix.
 
 The gradient of the logits is (q - p) / temperature. Near convergence q - p of two softmaxes has no digits left, so rows
-close to their teacher's work with the difference of the logits, delta: with w = sum p expm1(delta), q - p =
-p (expm1(delta) - w) / (1 + w), and the divergence is sum p (expm1(delta) - delta) + log1p(w) - w.
+close to their teacher's work with the difference of the logits, delta, less its mean: with w = sum p expm1(delta), q - p =
+p (expm1(delta) - w) / (1 + w), and the divergence is sum p (expm1(delta) - delta) + log1p(w) - w. With the mean, which no
+softmax sees, 1 + w could be as little as exp(-16): the student's temperature above the teacher's is enough.
 """
 
 from collections.abc import Iterator
@@ -165,7 +166,7 @@ class _Grams:
 def _row_sums(
     logits: Float[Tensor, "b n"], delta: Float[Tensor, "b n"], near: bool
 ) -> tuple[Tensor, Float[Tensor, "b 2"]]:
-    """The divergence of each row, and what its softmaxes are divided by: (log-sum-exp, w) if near, else both log-sum-exps."""
+    """The divergence of each row, and its two log-sum-exps; if near, of the student's what it is more than the teacher's."""
     if not near and (kernels := engine.kernels_for(logits)):
         nowhere = torch.zeros_like(logits[:, :1], dtype=torch.bool)
         value, sums = kernels.divergence_rows(logits, delta, nowhere, into_delta=False).split([1, 2], -1)
@@ -173,11 +174,14 @@ def _row_sums(
     p, teacher_sum = softmax_(logits.clone())
     if not near:
         _, student_sum = softmax_(logits + delta)
-        return student_sum - teacher_sum - (p * delta).sum(-1, keepdim=True), torch.cat([teacher_sum, student_sum], -1)
-    growth = torch.expm1(delta)
+        value = student_sum - teacher_sum - (p * delta).sum(-1, keepdim=True)
+        return value.clamp_(min=0), torch.cat([teacher_sum, student_sum], -1)
+    mean = _mean(p, delta)
+    centred = delta - mean
+    growth = torch.expm1(centred)
     w = (p * growth).sum(-1, keepdim=True)
-    value = (p * growth.sub_(delta)).sum(-1, keepdim=True) + _log1p_minus(w)
-    return value.clamp_(min=0), torch.cat([teacher_sum, w], -1)
+    value = (p * growth.sub_(centred)).sum(-1, keepdim=True) + _log1p_minus(w)
+    return value.clamp_(min=0), torch.cat([teacher_sum, w.log1p() + mean], -1)
 
 
 def _both_directions(
@@ -197,9 +201,8 @@ def _both_directions(
         torch.sub(exp_(student - rows[:, 1:]), p, out=delta)
         delta.add_(exp_(student - columns[1:])).sub_(p_of_columns)
         return
-    growth, w, w_of_columns = torch.expm1(delta), rows[:, 1:], columns[1:]
-    torch.mul(p.div_(1 + w), growth - w, out=delta)
-    delta.addcmul_(p_of_columns.div_(1 + w_of_columns), growth.sub_(w_of_columns))
+    of_row = p.mul_(torch.expm1(delta - rows[:, 1:]))
+    torch.addcmul(of_row, p_of_columns, delta.sub_(columns[1:]).expm1_(), out=delta)
 
 
 def divergence(
@@ -242,7 +245,7 @@ def _block(logits: Float[Tensor, "b n"], delta: Float[Tensor, "b n"], near: Bool
 
 def _near(logits: Float[Tensor, "b n"], delta: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
     p, _ = softmax_(logits)
-    growth = torch.expm1(delta)
+    growth = torch.expm1(delta.sub_(_mean(p, delta)))
     w = (p * growth).sum(-1, keepdim=True)
     value = (p * delta.sub_(growth)).sum(-1, keepdim=True).neg_() + _log1p_minus(w)
     torch.mul(p, growth.sub_(w), out=delta)
@@ -256,7 +259,12 @@ def _far(logits: Float[Tensor, "b n"], delta: Float[Tensor, "b n"]) -> Float[Ten
     q, student_sum = softmax_(student)
     value = student_sum - teacher_sum - (p * delta).sum(-1, keepdim=True)
     torch.sub(q, p, out=delta)
-    return value
+    return value.clamp_(min=0)
+
+
+def _mean(p: Float[Tensor, "b n"], delta: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
+    """Need not be exact: a softmax does not change with what is taken off its logits."""
+    return torch.linalg.vecdot(p, delta).unsqueeze(-1)
 
 
 def _log1p_minus(w: Float[Tensor, "b 1"]) -> Float[Tensor, "b 1"]:

@@ -51,7 +51,7 @@ def divergence_rows(
 ) -> Float[Tensor, "t 3"]:
     """Of each row: the divergence, the teacher's log-sum-exp, and the student's; `delta` becomes q - p if asked.
 
-    Of a near row the third is w, and the divergence lacks log1p(w) - w.
+    Of a near row the third is w, of `delta` less its mean, and the divergence lacks log1p(w) - w.
     """
     sums = logits.new_empty((len(logits), 3))
     _launch(_divergence_rows, logits, (logits, delta, near.contiguous(), sums), INTO_DELTA=into_delta)
@@ -150,13 +150,23 @@ def _divergence_rows(logits, delta, near, sums, width, BLOCK: tl.constexpr, INTO
     # A row of nothing has sums of 0, which count as 1.
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     student_highest = tl.where(student_highest == float("-inf"), 0.0, student_highest)
+    mean = tl.full([], 0.0, tl.float32)
+    if is_near:
+        weights = tl.zeros([BLOCK], tl.float32)
+        changes = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, width, BLOCK):
+            values, change = _both(logits, delta, first + tl.arange(0, BLOCK), width)
+            p = tl.exp(values - highest)
+            weights += p
+            changes += p * change
+        mean = tl.sum(changes, 0) / _or_one(tl.sum(weights, 0))
     total = tl.zeros([BLOCK], tl.float32)
     student_total = tl.zeros([BLOCK], tl.float32)
     value = tl.zeros([BLOCK], tl.float32)
     w = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         values, change = _both(logits, delta, first + tl.arange(0, BLOCK), width)
-        growth, excess = _expm1(tl.where(is_near, change, 0.0))
+        growth, excess = _expm1(tl.where(is_near, change - mean, 0.0))
         p = tl.exp(values - highest)
         total += p
         student_total += tl.exp(values + change - student_highest)
@@ -175,7 +185,7 @@ def _divergence_rows(logits, delta, near, sums, width, BLOCK: tl.constexpr, INTO
         for first in range(0, width, BLOCK):
             columns = first + tl.arange(0, BLOCK)
             values, change = _both(logits, delta, columns, width)
-            growth, _ = _expm1(tl.where(is_near, change, 0.0))
+            growth, _ = _expm1(tl.where(is_near, change - mean, 0.0))
             p = tl.exp(values - highest) / sum_p
             q = tl.exp(values + change - student_highest) / sum_q
             difference = tl.where(is_near, p * (growth - mean_growth) / (1.0 + mean_growth), q - p)
