@@ -25,8 +25,8 @@ from distill import distributed, files, metrics
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, RecipeError, reported
 from distill.identity import recognize
+from distill.joining import Several
 from distill.modules import Dense, Normalize, Truncate
-from distill.several import Several
 from distill.similarity import cosine_similarity_matrix, normalize
 from distill.store import Rows, Store
 from distill.store.compression import principal_directions, spread
