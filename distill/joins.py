@@ -11,7 +11,7 @@ from distill.embed import default_store
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.joining import Method, several
-from distill.narrow import Space
+from distill.space import Space
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,6 +102,7 @@ ORDER = [
     "joining.several",
     "joining",
     "teachers",
+    "space",
     "narrow",
     "training.examples",
     "training.checkpoint",

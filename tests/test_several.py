@@ -20,8 +20,8 @@ from distill.errors import DistillError, RecipeError
 from distill.evaluation import EvaluationData, evaluate
 from distill.joining import several
 from distill.joins import JoinConfig
-from distill.narrow import Space
 from distill.similarity import pairwise_cosine
+from distill.space import Space
 from distill.store import Store
 from distill.training import TrainConfig
 
