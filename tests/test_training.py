@@ -5,6 +5,7 @@ import math
 import signal
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from distill import distributed, files, losses
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import DistillError, IntegrityError, NumericsError, RecipeError, ResourceError, Stopped
-from distill.store import Store
+from distill.store import Store, compress
 from distill.training import Examples, Loss, Run, TrainConfig, checkpoint, loop, match, sampling, train
 
 LONG = {"epochs": 2.0, "save_every": 3, "keep_checkpoints": 20, "dropout": 0.1}  # 10 steps over 40 texts
@@ -613,6 +614,20 @@ def test_another_teacher_does_not_resume(tiny_mpnet: Path, model: str, store: Pa
             config,
             output=tmp_path / "run",
         )
+
+
+def test_other_vectors_of_the_same_teacher_do_not_resume(model: str, store: Path, tmp_path: Path) -> None:
+    """A run on plain float16 is named by the fingerprint alone, so that those begun before stores were compressed go on."""
+    student, data, stored = runs.prepared(model, store, 20, "static")
+    config = TrainConfig(batch_size=8, resume=True)
+    train(student, data, stored, losses.CosineDistance(), config, output=tmp_path / "run")
+    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("step-*/state.json")).read_text())
+    fingerprint = json.dumps(stored.fingerprint, sort_keys=True).encode()
+    assert state["identity"]["teacher"] == files.digest(fingerprint)[:12]
+    smaller = compress(stored.path, tmp_path / "smaller", "int8")
+    rows = replace(data, rows=smaller.find(stored.keys[data.rows]))
+    with pytest.raises(IntegrityError, match="what differs: teacher"):
+        train(student, rows, smaller, losses.CosineDistance(), config, output=tmp_path / "run")
 
 
 def test_settings_that_do_not_change_the_run_may_change(

@@ -215,7 +215,7 @@ class _Loop:
             "steps": self.steps,
             "loss": _describe(self.loss),
             "texts": files.digest(self.data.keys.numpy().tobytes())[:12],
-            "teacher": files.digest(json.dumps(self.store.fingerprint, sort_keys=True).encode())[:12],
+            "teacher": self.store.digest,
             "student": files.digest(json.dumps([shapes, trained]).encode())[:12],
         }
 
