@@ -57,10 +57,15 @@ def narrow(teacher: Encoder, store: Store, texts: Texts, width: int) -> Space:
         )
     directions = every[:width].contiguous()
     cut = narrow_teacher(teacher, directions)
-    turned = store.path / f"narrow-{width}"
+    turned = narrow_path(store.path, width)
     distributed.main_first(partial(_turn_store, store, cut, directions, turned))
     sample = _sample(teacher, store, texts)
     return Space(cut, Store.open(turned), directions, keeps(sample, directions))
+
+
+def narrow_path(store: Path, width: int) -> Path:
+    """Where the turned rows of a store are."""
+    return store / f"narrow-{width}"
 
 
 def require_narrower(teacher: Encoder, width: int) -> None:
