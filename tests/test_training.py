@@ -312,6 +312,14 @@ def test_a_window_of_the_bank_holds_no_row_twice_and_all_rows_come() -> None:
     assert (sampling.bank_rows(0, 40, size=40, seed=3) != sampling.bank_rows(0, 40, size=40, seed=4)).any()
 
 
+def test_a_bank_comes_in_the_order_of_no_seeds_texts() -> None:
+    banks = [sampling.bank_rows(0, 40, size=40, seed=seed).tolist() for seed in range(8)]
+    orders = [sampling.permutation(seed, epoch, 40).tolist() for seed in range(9) for epoch in range(3)]
+    assert not [bank for bank in banks if bank in orders]
+    as_ever = np.random.Generator(np.random.PCG64([1, 0])).permutation(40)
+    assert (sampling.permutation(1, 0, 40) == as_ever).all(), "texts come in the order of the runs there are"
+
+
 def test_an_epoch_is_a_permutation_and_a_seed_another() -> None:
     options = {"batch_size": 4, "accumulation": 2, "seed": 0}
     per_epoch = sampling.steps_per_epoch(19, 4, 2)
@@ -614,6 +622,23 @@ def test_another_teacher_does_not_resume(tiny_mpnet: Path, model: str, store: Pa
             config,
             output=tmp_path / "run",
         )
+
+
+@pytest.mark.parametrize("bank_size", [0, 16])
+def test_a_run_that_drew_its_banks_otherwise_does_not_resume(
+    model: str, store: Path, tmp_path: Path, bank_size: int
+) -> None:
+    """As it was before banks had an order of their own. A run without a bank goes on."""
+    runs.small_run(model, tmp_path / "run", store=store, bank_size=bank_size, **LONG)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000010"
+    state, hashes = (json.loads((newest / name).read_text()) for name in ("state.json", "manifest.json"))
+    assert (state["identity"].pop("bank_order", None) is not None) == bool(bank_size)
+    (newest / "state.json").write_text(json.dumps(state))
+    hashes["state.json"] = files.sha256(newest / "state.json")
+    (newest / "manifest.json").write_text(json.dumps(hashes))
+    refused = r"what differs: bank_order \(was None, is permutation\(seed, epoch, 1\)\)"
+    with pytest.raises(IntegrityError, match=refused) if bank_size else nullcontext():
+        runs.small_run(model, tmp_path / "run", store=store, bank_size=bank_size, resume=True, **LONG)
 
 
 def test_other_vectors_of_the_same_teacher_do_not_resume(model: str, store: Path, tmp_path: Path) -> None:
