@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from distill import distributed, manual
@@ -185,13 +186,26 @@ def say(*lines: object) -> None:
 
 
 def _way_on(recipe: Any) -> str:
-    """The command that goes on with a run which stopped half-way."""
+    """The command that goes on with a run which stopped half-way, or begins it again if its recipe cannot resume."""
     if recipe is None:
         return ""
-    flag = "--resume" if hasattr(recipe, "resume") else "--train.resume" if hasattr(recipe, "train") else ""
-    command = this_command()
-    more = f" {flag}" if flag and flag not in shlex.split(command) else ""
-    return f" To go on:\n  {command}{more}"
+    flag, command = _resume_flag(recipe), this_command()
+    if flag and flag not in shlex.split(command):
+        command += f" {flag}"
+    return f" To {'go on' if flag else 'begin again'}:\n  {command}"
+
+
+def _resume_flag(recipe: Any) -> str | None:
+    """The flag of a recipe that goes on where its run stopped; None if it has none, or refuses it."""
+    if hasattr(recipe, "resume"):
+        return "--resume"
+    if not hasattr(recipe, "train"):
+        return None
+    try:
+        replace(recipe, train=replace(recipe.train, resume=True))
+    except RecipeError:
+        return None
+    return "--train.resume"
 
 
 def _warn_of_one_process() -> None:

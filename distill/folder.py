@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,7 @@ from distill.modules import Dense, Normalize, Pooling, StaticTable, TransformerB
 from distill.quantized import INT8_MODULE, TableFormat, read_table, stored, table_tensors
 
 SETTINGS = "config_sentence_transformers.json"
+OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}  # put into a folder by whoever shows it
 UNLIMITED = 10**9  # max_length of a static table: it has no positions to run out of
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}  # AutoModel adds the decoder
 _LEGACY_POOLING = {
@@ -32,6 +33,9 @@ _LEGACY_POOLING = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+
+
+Kind = Literal["model", "head"]
 
 
 @dataclass(kw_only=True)
@@ -47,14 +51,26 @@ class Parts:
     lowercase: bool = False
 
 
-def refuse_other_files(path: Path) -> None:
-    """RecipeError if `path` is neither an empty folder nor that of an earlier model: a model takes the whole folder's place."""
-    names = {item.name for item in path.iterdir()} if path.is_dir() else {"a file"} if path.exists() else set()
-    if names and (".git" in names or not names & {"modules.json", "config.json"}):
+def refuse_other_files(path: Path, kind: Kind = "model") -> None:
+    """RecipeError if `path` is neither an empty folder nor an earlier model's, or head's: a new one takes the whole folder's place."""
+    found = {item.name for item in path.iterdir()} if path.is_dir() else {"a file"} if path.exists() else set()
+    names = found - OF_THE_SYSTEM
+    if names and (".git" in names or _held(path, names) != kind):
         raise RecipeError(
-            f"{path} is there already, and is not a model's folder or is a Git repository: a model would take the place of all in it. "
-            "Name a new folder, an empty one, or that of an earlier model."
+            f"{path} is there already, and is not a {kind}'s folder or is a Git repository: a {kind} would take the place of all in it. "
+            f"Name a new folder, an empty one, or that of an earlier {kind}."
         )
+
+
+def _held(path: Path, names: set[str]) -> Kind | None:
+    """What a folder is; that of a head holds what `save_head` writes, and nothing else."""
+    try:
+        head = "nb_proxy" in read_json(path / "config.json", {})
+    except IntegrityError:
+        head = False
+    if head:
+        return "head" if names == {"config.json", "model.safetensors"} else None
+    return "model" if names & {"modules.json", "config.json"} else None
 
 
 def write(parts: Parts, folder: Path) -> None:

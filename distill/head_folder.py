@@ -17,7 +17,7 @@ def save_head(head: CosineLinear, path: str | Path, *, names: Sequence[str]) -> 
 
     It takes the place of an earlier one. RecipeError if `path` holds something else.
     """
-    refuse_other_files(Path(path))
+    refuse_other_files(Path(path), "head")
     if len(names) != head.out_features:
         raise ValueError(f"save_head needs a name for each of {head.out_features} classes, got {len(names)}.")
     config = {

@@ -10,9 +10,8 @@ from distill.config import StudentConfig, TeacherConfig, at_least
 from distill.embed import default_store
 from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.narrow import Space
-from distill.several import several
-from distill.teachers import Method
+from distill.joining import Method, several
+from distill.space import Space
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,8 @@ index is the teacher's own, turned and cut: no text is embedded again.
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +24,8 @@ from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, RecipeError, reported
 from distill.identity import recognize
 from distill.modules import Dense, Normalize, Truncate
-from distill.several import Several
 from distill.similarity import cosine_similarity_matrix, normalize
+from distill.space import Kept, Space
 from distill.store import Rows, Store
 from distill.store.compression import principal_directions, spread
 from distill.store.shards import SHARD_ROWS
@@ -37,51 +35,6 @@ BATCH = 4096
 MEASURED_ROWS = 2000
 
 Texts = Sequence[str] | Mapping[str, Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What d of e directions keep of a teacher, without any student: the ceiling of one that lives in them.
-
-    squared_length: of unit rows, their mean; cosine_error: mean |difference| of the cosines of all pairs; overlap: of the
-    ten nearest other rows, the share that stays.
-    """
-
-    width: int
-    of: int
-    rows: int
-    squared_length: float
-    cosine_error: float
-    overlap: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.width} of {self.of} directions keep {self.squared_length:.1%} of the teacher's squared length; over {self.rows:,} "
-            f"texts cosines are off by {self.cosine_error:.4f} on average, neighbour overlap@10 is {self.overlap:.3f}"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Space:
-    """Where a student is to live: a teacher's space with its stored vectors; after `narrow`, d of its directions, (d, e).
-
-    Of several teachers, `store` holds their joined vectors, and `own` those of `teacher` alone.
-    """
-
-    teacher: Encoder
-    store: Store
-    directions: Float[Tensor, "d e"] | None = None
-    kept: Kept | None = None
-    several: Several | None = None
-
-    @property
-    def own(self) -> Store:
-        return self.store if self.several is None else Store.open(self.several.stores[0])
-
-    def as_json(self) -> dict[str, Any] | None:
-        if self.several is not None:
-            return self.several.as_json()
-        return None if self.kept is None else asdict(self.kept)
 
 
 def narrow(teacher: Encoder, store: Store, texts: Texts, width: int) -> Space:
@@ -104,10 +57,15 @@ def narrow(teacher: Encoder, store: Store, texts: Texts, width: int) -> Space:
         )
     directions = every[:width].contiguous()
     cut = narrow_teacher(teacher, directions)
-    turned = store.path / f"narrow-{width}"
+    turned = narrow_path(store.path, width)
     distributed.main_first(partial(_turn_store, store, cut, directions, turned))
     sample = _sample(teacher, store, texts)
     return Space(cut, Store.open(turned), directions, keeps(sample, directions))
+
+
+def narrow_path(store: Path, width: int) -> Path:
+    """Where the turned rows of a store are."""
+    return store / f"narrow-{width}"
 
 
 def require_narrower(teacher: Encoder, width: int) -> None:

@@ -46,8 +46,8 @@ def _record(recipe: Any, output: Path) -> None:
     value = {"command": this_command(), "recipe": json.loads(json.dumps(asdict(recipe), default=str))}
     path, beside = output / "recipe.json", output / "checkpoints" / RECIPE
     try:
-        for name in ("student", "head"):
-            refuse_other_files(output / name)
+        refuse_other_files(output / "student")
+        refuse_other_files(output / "head", "head")
         begun = any((output / "checkpoints").glob("step-*"))
         if begun and not {"train", "resume"} & value["recipe"].keys():
             raise RecipeError(f"{output} holds a training run, which this would overwrite; name another --output.")

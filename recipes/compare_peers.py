@@ -81,8 +81,8 @@ class Recipe:
             raise RecipeError(
                 f"--minutes is above 0 and --seeds are different numbers, got {self.minutes} and {self.seeds}."
             )
-        instead = "--minutes ends each training, which saves at its end; --seeds are its seeds."
-        unused("train", self.train, ("steps", "epochs", "save_every", "seed"), instead)
+        instead = "--minutes ends each training, which saves at its end and begins anew; --seeds are its seeds."
+        unused("train", self.train, ("steps", "epochs", "save_every", "seed", "resume"), instead)
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
         at_least(0, "--peer-seeds", self.peer_seeds)

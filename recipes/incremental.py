@@ -126,8 +126,9 @@ def learn(recipe: Recipe, way: str, seed: int, encoder: Encoder, tasks: Sequence
             training.fit(batch, fixed_classes=fixed, progress=f"{way}, task {number + 1}")
         for earlier, one in enumerate(tasks[: number + 1]):
             accuracy[number, earlier] = accuracy_on(training, one.test)
-        chosen = herd(encode_everywhere(encoder, task.texts), torch.tensor(task.labels), recipe.memory).tolist()
-        kept += [rows[place] for place in chosen]
+        if recipe.memory:
+            chosen = herd(encode_everywhere(encoder, task.texts), torch.tensor(task.labels), recipe.memory).tolist()
+            kept += [rows[place] for place in chosen]
     return accuracy
 
 

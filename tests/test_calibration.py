@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from distill.errors import RecipeError
 from distill.losses import calibrate_temperature
-from distill.store import Store
+from distill.store import Store, compress
 from distill.training import Examples, calibration, sampling
 from distill.training.calibration import Calibration, calibrate
 
@@ -48,6 +49,15 @@ def test_a_run_that_goes_on_reads_it_back_to_the_last_digit(
     first = found(prepared, tmp_path)
     monkeypatch.setattr(calibration, "calibrate_temperature", lambda *_, **__: pytest.fail("computed again"))
     assert found(prepared, tmp_path) == first
+
+
+def test_other_vectors_of_the_same_teacher_have_their_own(prepared: tuple[Examples, Store], tmp_path: Path) -> None:
+    data, store = prepared
+    smaller = compress(store.path, tmp_path / "smaller", "int8")
+    first = found(prepared, tmp_path / "run")
+    again = found((replace(data, rows=smaller.find(store.keys[data.rows])), smaller), tmp_path / "run")
+    assert again.teacher != first.teacher
+    assert again.temperature != first.temperature
 
 
 @pytest.mark.parametrize("other", [{"perplexity": 9.0}, {"columns": 39}, {"seed": 4}])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from distill import cli, errors
-from distill.config import SUITED, StudentConfig
+from distill.config import SUITED, StudentConfig, unused
 from distill.errors import IntegrityError, RecipeError, ResourceError, Stopped
 from distill.training import LabelConfig, TrainConfig, checkpoint
 
@@ -51,6 +51,14 @@ class Recipe:
 class Quick:
     output: Path = Path("runs/x")
     resume: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anew:
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        unused("train", self.train, ("resume",), "each training begins anew.")
 
 
 Ran = tuple[int, str, str]
@@ -212,19 +220,21 @@ def test_a_disk_that_is_full_says_which_and_how_to_go_on(run: Run) -> None:
 @pytest.mark.parametrize(
     ("kind", "arguments", "command"),
     [
-        (Recipe, ["--data", "b c.txt"], "python recipes/x.py --data 'b c.txt' --train.resume"),
-        (Recipe, ["--train.resume"], "python recipes/x.py --train.resume"),
-        (Quick, [], "python recipes/x.py --resume"),
+        (Recipe, ["--data", "b c.txt"], "go on:\n  python recipes/x.py --data 'b c.txt' --train.resume"),
+        (Recipe, ["--train.resume"], "go on:\n  python recipes/x.py --train.resume"),
+        (Quick, [], "go on:\n  python recipes/x.py --resume"),
+        (Anew, [], "begin again:\n  python recipes/x.py"),
+        (Group, ["--size", "4"], "begin again:\n  python recipes/x.py --size 4"),
     ],
 )
 def test_a_stop_tells_the_command_that_goes_on(run: Run, kind: type, arguments: list[str], command: str) -> None:
     stop = Stopped("stopped after step 3 of 9; everything is saved. Run the same command with ...", 143)
     code, _, err = run(*arguments, raises=stop, kind=kind)
     assert code == 143
-    assert err == f"\nerror: stopped after step 3 of 9; everything is saved. To go on:\n  {command}\n"
+    assert err == f"\nerror: stopped after step 3 of 9; everything is saved. To {command}\n"
     code, _, err = run(*arguments, raises=KeyboardInterrupt(), kind=kind)
     assert code == 130
-    assert err.endswith(f"  {command}\n")
+    assert err.endswith(f" To {command}\n")
 
 
 def test_a_termination_outside_of_the_training_is_a_stop_too(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill.errors import IntegrityError
+from distill.encoder import Encoder
+from distill.errors import IntegrityError, RecipeError
 from distill.head_folder import load_head, save_head
 from distill.heads import CosineLinear
 
@@ -45,6 +46,44 @@ def test_a_head_takes_the_place_of_an_older_one_and_needs_a_name_for_each_class(
         save_head(CosineLinear(8, 3), tmp_path / "head", names=NAMES[:2])
     assert load_head(tmp_path / "head")[1] == NAMES
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+def test_a_head_and_a_model_do_not_take_each_others_place(tiny_bert: Path, tmp_path: Path) -> None:
+    head, model = CosineLinear(8, 3), Encoder.from_pretrained(tiny_bert)
+    save_head(head, tmp_path / "head", names=NAMES)
+    model.save_pretrained(tmp_path / "model")
+    bare = tmp_path / "bare"  # as transformers saves it: files of the same names
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((tmp_path / "model" / name).read_bytes())
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    for path in (tmp_path / "model", bare, tmp_path / "damaged"):
+        with pytest.raises(RecipeError, match="is not a head's folder"):
+            save_head(head, path, names=NAMES)
+    with pytest.raises(RecipeError, match="is not a model's folder"):
+        model.save_pretrained(tmp_path / "head")
+    assert load_head(tmp_path / "head")[1] == NAMES
+    (tmp_path / "head" / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="is not a head's folder"):
+        save_head(head, tmp_path / "head", names=NAMES)
+    Encoder.from_pretrained(tmp_path / "model")
+    assert len([*bare.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini"])
+def test_what_a_system_puts_into_a_folder_does_not_count(tiny_bert: Path, tmp_path: Path, name: str) -> None:
+    for folder in ("head", "model"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(b"x")
+    save_head(CosineLinear(8, 3), tmp_path / "head", names=NAMES)
+    (tmp_path / "head" / name).write_bytes(b"x")
+    save_head(CosineLinear(8, 3), tmp_path / "head", names=NAMES)
+    Encoder.from_pretrained(tiny_bert).save_pretrained(tmp_path / "model")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".env").write_bytes(b"x")
+    with pytest.raises(RecipeError, match="is there already"):
+        save_head(CosineLinear(8, 3), tmp_path / "other", names=NAMES)
 
 
 def changed(**settings: Any) -> Callable[[Path], object]:

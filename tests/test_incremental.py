@@ -1,12 +1,20 @@
-"""Accuracy over tasks against values worked out by hand."""
+"""Accuracy over tasks against values worked out by hand; and what the recipe encodes for it."""
 
+import importlib.util
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
+from distill.classes import in_tasks
+from distill.data import Labelled
+from distill.encoder import Encoder
 from distill.metrics import average_incremental_accuracy, forgetting, seen_accuracy
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 NAN = math.nan
 # After task 1: .9. After 2: .6 and .8. After 3: .3, .9 and .7.
 MATRIX = torch.tensor([[0.9, NAN, NAN], [0.6, 0.8, NAN], [0.3, 0.9, 0.7]])
@@ -52,3 +60,29 @@ def test_wrong_shapes_are_named() -> None:
         seen_accuracy(torch.ones(2, 3))
     with pytest.raises(ValueError, match="each of 3 tasks"):
         seen_accuracy(MATRIX, torch.tensor([30, 60]))
+
+
+@pytest.mark.parametrize(("memory", "passes"), [(0, 5), (1, 7)])
+def test_without_a_memory_no_text_is_encoded_to_be_chosen(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, memory: int, passes: int
+) -> None:
+    """Of two tasks: each before it is learned, the tests of one and of two, and, to choose what is kept, each once more."""
+    spec = importlib.util.spec_from_file_location("incremental", RECIPES / "incremental.py")
+    assert spec is not None
+    assert spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    encode: Callable[..., torch.Tensor] = recipe.encode_everywhere
+    seen: list[int] = []
+
+    def counted(encoder: Encoder, texts: list[str]) -> torch.Tensor:
+        seen.append(len(texts))
+        return encode(encoder, texts)
+
+    monkeypatch.setattr(recipe, "encode_everywhere", counted)
+    test = Labelled(texts=tiny.SENTENCES[8:12], labels=[0, 1, 2, 3], names=["a", "b", "c", "d"])
+    data = Labelled(texts=tiny.SENTENCES[:8], labels=[0, 1, 2, 3] * 2, names=["a", "b", "c", "d"], test=test)
+    flags = recipe.Recipe(train_data="x", encoder="x", memory=memory, ways=("frozen encoder",))
+    encoder = Encoder.from_pretrained(tiny_bert)
+    recipe.learn(flags, "frozen encoder", 0, encoder, in_tasks(data, 2, seed=0))
+    assert len(seen) == passes

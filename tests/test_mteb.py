@@ -56,6 +56,15 @@ def test_each_task_of_a_model_is_a_file(scored: tuple, data: EvaluationData, tmp
     assert subset["recall_at_10"] == row["docs recall@10"].interval.value
 
 
+def test_a_model_without_a_result_has_no_folder(
+    scored: tuple, teacher: Encoder, data: EvaluationData, tmp_path: Path
+) -> None:
+    encoders, scores = scored
+    teacher.name = "runs/mine/other"
+    assert len(mteb.write_results(scores, data, {**encoders, teacher.name: teacher}, tmp_path)) == 3
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["mine__student"]
+
+
 def test_a_revision_is_what_is_in_the_files(scored: tuple, data: EvaluationData, tmp_path: Path) -> None:
     encoders, scores = scored
     before = {path.name: json.loads(path.read_text()) for path in mteb.write_results(scores, data, encoders, tmp_path)}

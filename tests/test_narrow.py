@@ -19,6 +19,7 @@ from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, RecipeError
 from distill.losses import CosineDistance
 from distill.similarity import cosine_similarity_matrix, normalize, pairwise_cosine
+from distill.space import Space
 from distill.store import Store
 from distill.training import TrainConfig, match, train
 
@@ -242,7 +243,7 @@ def test_a_trained_narrow_student_finds_its_texts_in_the_turned_index(
     assert in_index == pytest.approx(found_after, abs=0.02)
 
 
-def found(student: Encoder, space: narrow.Space) -> float:
+def found(student: Encoder, space: Space) -> float:
     """The share of texts whose own vector is the nearest in the turned index."""
     scores = student.encode(TEXTS) @ space.store.vectors(TEXTS).T
     return float((scores.argmax(dim=1) == torch.arange(len(TEXTS))).float().mean())

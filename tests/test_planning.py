@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from distill import distributed, losses
 from distill.config import StudentConfig, TeacherConfig
+from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData
@@ -46,8 +47,8 @@ def test_weights_optimizer_and_files_are_those_of_the_run(kind: str, tiny_bert: 
     student, examples, store = runs.prepared(tiny_bert, tmp_path / "store", 60, kind.split(",")[0])
     config = TrainConfig(batch_size=16, steps=9, save_every=2, keep_checkpoints=3, bank_size=24, **KINDS[kind])
     loss = losses.CrossContrastive()
-    memory = arithmetic.memory(runs.teacher(tiny_bert), student, examples, loss, config, CPU)
-    files = arithmetic.disk(student, config, 9, rows=60, width=store.width, form=Format(), world=1)
+    memory = arithmetic.memory(runs.teacher(tiny_bert), student, examples, loss, config, CPU, width=store.width)
+    files = arithmetic.disk(student, config, 9, world=1)
 
     run = train(student, examples, store, loss, config, output=tmp_path / "run")
     run.student.save_pretrained(tmp_path / "student")
@@ -61,7 +62,8 @@ def test_weights_optimizer_and_files_are_those_of_the_run(kind: str, tiny_bert: 
     if config.ema_decay:
         assert memory["average of the weights"] == sum(value.nbytes for value in saved["average"].values())
 
-    assert files["teacher vectors"] == pytest.approx(size(tmp_path / "store", "rows-*"), rel=0.25)
+    vectors = arithmetic.vectors(60, store.width, Format())
+    assert vectors == pytest.approx(size(tmp_path / "store", "rows-*"), rel=0.25)
     stay = files["checkpoints: 3 that stay"]
     assert stay == pytest.approx(size(tmp_path / "run" / "checkpoints"), rel=0.25)
     assert files["checkpoints: one as it is written"] == pytest.approx(stay / 3)
@@ -183,6 +185,36 @@ def test_what_is_stored_is_not_planned_again(
     assert "teacher's vectors of the texts: 0 " in out
     assert "teacher's vectors for the evaluation: 10 " in out
     assert len(Store.open(store.path)) == 40
+
+
+def test_a_plan_of_a_narrower_space_counts_its_vectors(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is stored, with 60 texts stored of which 40 are turned already, and behind a whole run."""
+    teacher, texts, path = runs.teacher(tiny_bert), runs.texts(100), tmp_path / "store"
+    kind, config = StudentConfig(kind="static", space=8), TrainConfig(batch_size=16, epochs=1.0, bank_size=32)
+    data, loss = EvaluationData(texts=texts[80:]), losses.CrossContrastive()
+
+    def said() -> dict[str, float]:
+        plan(teacher, kind, texts[:80], config, loss, data, store=path)
+        return planned(capsys.readouterr().out)
+
+    tokens, row = len(teacher.tokenizer), {width: 2 * width + 21 for width in (8, teacher.width)}
+    before = said()
+    assert before["bank"] == pytest.approx(32 * 8 * 4, abs=60)
+    assert before["teacher vectors"] == pytest.approx(80 * row[teacher.width], abs=60)
+    assert before["narrow vectors"] == pytest.approx((100 + tokens) * row[8], abs=60)
+    kind.enter(teacher, embed(texts[:40], teacher, path), texts[:40])
+    embed(texts[:60], teacher, path)
+    half = said()
+    assert half["teacher vectors"] == pytest.approx(20 * row[teacher.width], abs=60)
+    assert half["narrow vectors"] == pytest.approx((60 + tokens) * row[8], abs=60)
+    space = kind.enter(teacher, embed(texts[:80], teacher, path), texts[:80])
+    kind.build(space.teacher, space.store, texts[:80])
+    embed(texts[80:], space.teacher, space.store.path)
+    assert len(Store.open(space.store.path)) == 100 + tokens
+    after = said()
+    assert after["teacher vectors"] == after["narrow vectors"] == 0
 
 
 def test_layers_are_not_chosen_for_a_plan(tiny_bert: Path, tmp_path: Path) -> None:

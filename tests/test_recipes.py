@@ -343,9 +343,9 @@ BAD = {
     ),
     "steps of its own": (
         "compare_peers",
-        "--data x --train.steps 9 --train.save-every 3",
+        "--data x --train.steps 9 --train.save-every 3 --train.resume",
         2,
-        ["--train.steps, --train.save-every would change nothing here", "--minutes"],
+        ["--train.steps, --train.save-every, --train.resume would change nothing here", "--minutes"],
     ),
     "no minutes": ("compare_peers", "--data x --minutes 0", 2, ["--minutes is above 0"]),
     "no such variant": ("ablate", "--data x --variants train.bank=3", 2, ["--train.bank"]),

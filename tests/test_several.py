@@ -18,10 +18,10 @@ from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import DistillError, RecipeError
 from distill.evaluation import EvaluationData, evaluate
+from distill.joining import several
 from distill.joins import JoinConfig
-from distill.narrow import Space
-from distill.several import several
 from distill.similarity import pairwise_cosine
+from distill.space import Space
 from distill.store import Store
 from distill.training import TrainConfig
 
@@ -32,7 +32,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "concatenate": {"method": "concatenate", "weights": (1.0, 3.0)},
     "one that does not count": {"method": "concatenate", "weights": (1.0, 0.0)},
     "concatenate, reduced": {"method": "concatenate", "width": 20},
+    "concatenate, turned and not reduced": {"method": "concatenate", "width": 56},
+    "one that does not count, turned": {"method": "concatenate", "weights": (1.0, 0.0), "width": 32},
     "gram": {"method": "gram", "width": 40},
+    "gram, not reduced": {"method": "gram", "width": 56},
 }
 
 
@@ -68,6 +71,14 @@ def test_further_texts_are_joined_as_the_stored_ones(both: list[Encoder], tmp_pa
         torch.testing.assert_close(found @ found.T, mean, rtol=0, atol=5e-3)
     assert len(target.joined.store) == 60, "texts to measure on are nothing to train on"
     assert len(Store.open(tmp_path / "b")) == 80
+
+
+@pytest.mark.parametrize("way", [{"method": "gram"}, {"method": "procrustes", "width": 7}])
+def test_a_width_that_a_method_lacks_or_has_not_is_refused(
+    both: list[Encoder], tmp_path: Path, way: dict[str, Any]
+) -> None:
+    with pytest.raises(RecipeError, match="width"):
+        several(both, TEXTS[:20], [tmp_path / "a", tmp_path / "b"], **way)
 
 
 def test_what_stands_is_read_and_each_role_has_its_own_prompts(both: list[Encoder], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import signal
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from distill import distributed, files, losses
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import DistillError, IntegrityError, NumericsError, RecipeError, ResourceError, Stopped
-from distill.store import Store
+from distill.store import Store, compress
 from distill.training import Examples, Loss, Run, TrainConfig, checkpoint, loop, match, sampling, train
 
 LONG = {"epochs": 2.0, "save_every": 3, "keep_checkpoints": 20, "dropout": 0.1}  # 10 steps over 40 texts
@@ -309,6 +310,14 @@ def test_a_window_of_the_bank_holds_no_row_twice_and_all_rows_come() -> None:
             (sampling.bank_rows(draw, count, size=size, seed=3) == window).all() for draw, window in enumerate(windows)
         )
     assert (sampling.bank_rows(0, 40, size=40, seed=3) != sampling.bank_rows(0, 40, size=40, seed=4)).any()
+
+
+def test_a_bank_comes_in_the_order_of_no_seeds_texts() -> None:
+    banks = [sampling.bank_rows(0, 40, size=40, seed=seed).tolist() for seed in range(8)]
+    orders = [sampling.permutation(seed, epoch, 40).tolist() for seed in range(9) for epoch in range(3)]
+    assert not [bank for bank in banks if bank in orders]
+    as_ever = np.random.Generator(np.random.PCG64([1, 0])).permutation(40)
+    assert (sampling.permutation(1, 0, 40) == as_ever).all(), "texts come in the order of the runs there are"
 
 
 def test_an_epoch_is_a_permutation_and_a_seed_another() -> None:
@@ -613,6 +622,37 @@ def test_another_teacher_does_not_resume(tiny_mpnet: Path, model: str, store: Pa
             config,
             output=tmp_path / "run",
         )
+
+
+@pytest.mark.parametrize("bank_size", [0, 16])
+def test_a_run_that_drew_its_banks_otherwise_does_not_resume(
+    model: str, store: Path, tmp_path: Path, bank_size: int
+) -> None:
+    """As it was before banks had an order of their own. A run without a bank goes on."""
+    runs.small_run(model, tmp_path / "run", store=store, bank_size=bank_size, **LONG)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000010"
+    state, hashes = (json.loads((newest / name).read_text()) for name in ("state.json", "manifest.json"))
+    assert (state["identity"].pop("bank_order", None) is not None) == bool(bank_size)
+    (newest / "state.json").write_text(json.dumps(state))
+    hashes["state.json"] = files.sha256(newest / "state.json")
+    (newest / "manifest.json").write_text(json.dumps(hashes))
+    refused = r"what differs: bank_order \(was None, is permutation\(seed, epoch, 1\)\)"
+    with pytest.raises(IntegrityError, match=refused) if bank_size else nullcontext():
+        runs.small_run(model, tmp_path / "run", store=store, bank_size=bank_size, resume=True, **LONG)
+
+
+def test_other_vectors_of_the_same_teacher_do_not_resume(model: str, store: Path, tmp_path: Path) -> None:
+    """A run on plain float16 is named by the fingerprint alone, so that those begun before stores were compressed go on."""
+    student, data, stored = runs.prepared(model, store, 20, "static")
+    config = TrainConfig(batch_size=8, resume=True)
+    train(student, data, stored, losses.CosineDistance(), config, output=tmp_path / "run")
+    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("step-*/state.json")).read_text())
+    fingerprint = json.dumps(stored.fingerprint, sort_keys=True).encode()
+    assert state["identity"]["teacher"] == files.digest(fingerprint)[:12]
+    smaller = compress(stored.path, tmp_path / "smaller", "int8")
+    rows = replace(data, rows=smaller.find(stored.keys[data.rows]))
+    with pytest.raises(IntegrityError, match="what differs: teacher"):
+        train(student, rows, smaller, losses.CosineDistance(), config, output=tmp_path / "run")
 
 
 def test_settings_that_do_not_change_the_run_may_change(

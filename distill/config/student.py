@@ -15,8 +15,9 @@ from distill.config.teacher import fetch
 from distill.embed import embed, embed_vocabulary
 from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.narrow import Space, narrow, require_narrower
+from distill.narrow import narrow, require_narrower
 from distill.quantized import TableFormat
+from distill.space import Space
 from distill.store import Store
 
 # Texts a batch and peak learning rate of the kinds that a recipe's own, a static table's, are not for: of tiny and pretrained

@@ -116,14 +116,14 @@ def write_results(scores: Scores, data: EvaluationData, encoders: Mapping[str, E
     The task is called as its file is, its revision is a hash of what is in it, the split "test". Numbers are shares of 1.
     Classification is that of `centroid_accuracy`, not of MTEB's logistic regression.
     """
-    written = []
+    written: list[Path] = []
     for name, encoder in encoders.items():
+        results = list(_task_results(scores.table.get(name, {}), data))
         place = folder / "results" / model_name(encoder).replace("/", "__").replace(" ", "_") / revision(encoder)
-        for result in _task_results(scores.table.get(name, {}), data):
-            path = place / f"{result['task_name']}.json"
-            files.write_json(path, result)
-            written.append(path)
-        if written and not (place / "model_meta.json").exists():
+        for result in results:
+            files.write_json(place / f"{result['task_name']}.json", result)
+            written.append(place / f"{result['task_name']}.json")
+        if results and not (place / "model_meta.json").exists():
             files.write_json(place / "model_meta.json", {"name": model_name(encoder), "revision": revision(encoder)})
     return written
 

@@ -20,7 +20,7 @@ from distill.evaluation.precisions import Precision, stored_scores
 from distill.evaluation.scores import INDEX, MIXED, Score, Scores, Slice, Stored
 from distill.evaluation.speed import speeds
 from distill.evaluation.tasks import centroid_accuracy, judged, mixed_index, retrieval, similarity_pairs
-from distill.several import Several
+from distill.joining import Several
 from distill.store import Store, text_keys
 
 Encode = Callable[..., Float[Tensor, "n d"]]

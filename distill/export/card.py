@@ -12,8 +12,9 @@ from distill.evaluation import INDEX, STUDENT, Scores
 from distill.evaluation.fidelity import is_headline
 from distill.evaluation.scores import Score
 from distill.export.provenance import Provenance
-from distill.narrow import NAME, Space
+from distill.narrow import NAME
 from distill.quantized import INT8_MODULE
+from distill.space import Space
 from distill.students.quantizing import TableCost
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from distill import distributed
 from distill.encoder import Encoder
-from distill.narrow import Space
+from distill.space import Space
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,12 @@ def memory(
     loss: nn.Module,
     config: TrainConfig,
     device: torch.device,
+    *,
+    width: int,
 ) -> dict[str, int]:
     """Bytes on a process's device by term, at the worst: all of them at once. Sums up to the peak, but for what libraries take.
 
-    `examples` may be some of the texts that the run will have.
+    `examples` may be some of the texts that the run will have; `width` is that of the vectors to train on.
     """
     table = _rows(student, config)
     trained = _bytes(p for p in student.parameters() if p.requires_grad and p is not table)
@@ -55,8 +57,8 @@ def memory(
         "optimiser": 2 * trained + 2 * rows,
         **({"average of the weights": trained + rows} if config.ema_decay else {}),
         "activations": activations(student, examples, config, device),
-        "loss": _loss(loss, share, bank + config.batch_size, teacher.width),
-        "bank": 4 * bank * teacher.width,
+        "loss": _loss(loss, share, bank + config.batch_size, width),
+        "bank": 4 * bank * width,
     }
 
 
@@ -78,10 +80,13 @@ def activations(student: Encoder, examples: Examples, config: TrainConfig, devic
     return int(max(np.array(size) @ a_term for size in _sizes(student, examples, config, device)))
 
 
-def disk(
-    student: Encoder, config: TrainConfig, steps: int, *, rows: int, width: int, form: Format, world: int
-) -> dict[str, int]:
-    """Bytes written by term. `rows` are vectors not stored yet; logs and reports, 300 bytes a step and some hundred thousand, come on top."""
+def vectors(rows: int, width: int, form: Format) -> int:
+    """Bytes of so many rows of a store, with their keys, token counts and flags."""
+    return rows * (form.row_bytes(width) + 21)
+
+
+def disk(student: Encoder, config: TrainConfig, steps: int, *, world: int) -> dict[str, int]:
+    """Bytes written by term, beside `vectors`; logs and reports, 300 bytes a step and some hundred thousand, come on top."""
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
     average = trained if config.ema_decay else 0
     table = _rows(student, config)
@@ -94,7 +99,6 @@ def disk(
     kept = min(config.keep_checkpoints, -(-steps // every))
     tokenizer = student.tokenizer if isinstance(student.tokenizer, Tokenizer) else student.tokenizer.backend_tokenizer
     return {
-        "teacher vectors": rows * (form.row_bytes(width) + 21),
         f"checkpoints: {kept} that stay": kept * one,
         "checkpoints: one as it is written": one,
         "student": stored_bytes(student) + len(tokenizer.to_str(pretty=True).encode()),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,8 +18,9 @@ from distill.config import StudentConfig
 from distill.embed import default_store
 from distill.encoder import Encoder
 from distill.evaluation import EvaluationData
+from distill.narrow import narrow_path
 from distill.planning import arithmetic
-from distill.planning.rehearsal import Speeds, Stage, Texts, rehearse, some_of, stage
+from distill.planning.rehearsal import Speeds, Texts, rehearse, some_of, stage
 from distill.store import Format, Store, text_keys
 from distill.store.shards import MANIFEST
 from distill.training import TrainConfig, sampling
@@ -51,10 +53,14 @@ def plan(
         steps = config.steps or max(
             1, round(config.epochs * sampling.steps_per_epoch(count, config.batch_size, config.accumulation))
         )
-        missing = _missing(teacher, kind, by_role, data, store, store_as)
-        memory = arithmetic.memory(teacher, scene.student, scene.examples, loss, config, device)
+        stores = _opened(store or default_store(teacher, store_as), kind.space)
+        missing = _missing(teacher, kind, by_role, data, stores)
+        width = scene.store.width
+        memory = arithmetic.memory(teacher, scene.student, scene.examples, loss, config, device, width=width)
         _say(f"Memory on {device}, each process", memory, _bytes)
-        _say("Disk", _disk(scene, config, steps, missing, teacher, store_as), _bytes)
+        vectors = _vectors(teacher, kind, missing, stores, Format.parse(store_as or "float16"))
+        files = arithmetic.disk(scene.student, config, steps, world=distributed.world_size())
+        _say("Disk", vectors | files, _bytes)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         if free is not None and sum(memory.values()) > free:
             _print(f"It does not fit: {_bytes(free)} are free. Try a smaller --train.micro-batch.")
@@ -78,32 +84,33 @@ def _temporary() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _opened(path: Path, space: int | None) -> list[Store]:
+    """The teacher's store and, of a narrower space, the one in it, if they are there."""
+    paths = [path] if space is None else [path, narrow_path(path, space)]
+    return [Store.open(one) for one in paths if (one / MANIFEST).exists()]
+
+
 def _missing(
-    teacher: Encoder, kind: StudentConfig, texts: Texts, data: EvaluationData, store: Path | None, store_as: str | None
+    teacher: Encoder, kind: StudentConfig, texts: Texts, data: EvaluationData, stores: Sequence[Store]
 ) -> dict[str, tuple[int, float]]:
     """What the teacher has to compute: texts and their tokens, of the training, of single tokens, of the evaluation."""
-    path = store or default_store(teacher, store_as)
-    opened = Store.open(path) if (path / MANIFEST).exists() else None
 
-    def absent(some: Sequence[str], role: str | None) -> list[str]:
+    def absent(some: Sequence[str], role: str | None, among: Sequence[Store]) -> list[str]:
         some = list(dict.fromkeys(some))
-        if opened is None:
-            return some
-        found = opened.find(text_keys(some, prompt=teacher.prompt(role)))
-        return [text for text, row in zip(some, found, strict=True) if row < 0]
+        lacked = _lacked(among, text_keys(some, prompt=teacher.prompt(role)))
+        return [text for text, lacks in zip(some, lacked, strict=True) if lacks]
 
-    def counted(by_role: Texts) -> tuple[int, float]:
-        left = {role: absent(some, role) for role, some in by_role.items()}
+    def counted(by_role: Texts, among: Sequence[Store]) -> tuple[int, float]:
+        left = {role: absent(some, role, among) for role, some in by_role.items()}
         return sum(map(len, left.values())), sum(_tokens(teacher, some, role) for role, some in left.items())
 
     names = [str(token) for token in range(len(teacher.tokenizer))] if kind.kind in ("static", "tiny") else []
-    if opened is not None and names:
-        names = names[: int((opened.find(text_keys(names, kind="token")) < 0).sum())]
-    single = len(names), float(len(names) * (1 + teacher.special_token_count))
+    tokens = int(_lacked(stores, text_keys(names, kind="token")).sum())
+    single = tokens, float(tokens * (1 + teacher.special_token_count))
     return {
-        "teacher's vectors of the texts": counted(texts),
+        "teacher's vectors of the texts": counted(texts, stores[:1]),
         "teacher's vectors of single tokens": single,
-        "teacher's vectors for the evaluation": counted(data.by_role()),
+        "teacher's vectors for the evaluation": counted(data.by_role(), stores),
     }
 
 
@@ -114,17 +121,27 @@ def _tokens(teacher: Encoder, texts: Sequence[str], role: str | None) -> float:
     return float(lengths.sum()) * len(texts) / max(1, len(some))
 
 
-def _disk(
-    scene: Stage,
-    config: TrainConfig,
-    steps: int,
-    missing: Mapping[str, tuple[int, float]],
+def _lacked(stores: Sequence[Store], keys: np.ndarray) -> np.ndarray:
+    """Which keys are in none of the stores."""
+    return np.all([np.ones(len(keys), bool), *(one.find(keys) < 0 for one in stores)], axis=0)
+
+
+def _vectors(
     teacher: Encoder,
-    store_as: str | None,
+    kind: StudentConfig,
+    missing: Mapping[str, tuple[int, float]],
+    stores: Sequence[Store],
+    form: Format,
 ) -> dict[str, int]:
-    rows, form = sum(count for count, _ in missing.values()), Format.parse(store_as or "float16")
-    world = distributed.world_size()
-    return arithmetic.disk(scene.student, config, steps, rows=rows, width=teacher.width, form=form, world=world)
+    """Bytes of vectors. For a narrower space the teacher's own are those of the texts, and every row is turned."""
+    rows = [count for count, _ in missing.values()]
+    if kind.space is None:
+        return {"teacher vectors": arithmetic.vectors(sum(rows), teacher.width, form)}
+    stored = int(_lacked(stores[1:], stores[0].keys).sum()) if stores else 0
+    return {
+        "teacher vectors": arithmetic.vectors(rows[0], teacher.width, form),
+        "narrow vectors": arithmetic.vectors(stored + sum(rows), kind.space, Format()),
+    }
 
 
 def _time(

@@ -92,6 +92,12 @@ class Store:
         return files.digest(json.dumps(parts, sort_keys=True).encode())
 
     @property
+    def digest(self) -> str:
+        """Twelve digits for a run on its vectors: of `identity` if they are compressed, else of the fingerprint alone."""
+        fingerprint = files.digest(json.dumps(self.fingerprint, sort_keys=True).encode())
+        return (self.identity if self.codec.format.compressed else fingerprint)[:12]
+
+    @property
     def distortion(self) -> Distortion | None:
         """What compression cost, over all shards, as it was measured when they were written; None for plain float16."""
         return Distortion.over([shard.distortion for shard in self.shards if shard.distortion])

@@ -50,7 +50,7 @@ def _calibrate(data: Examples, store: Store, perplexity: float, columns: int, se
         "perplexity": perplexity,
         "columns": len(chosen),
         "texts": files.digest(keys.numpy().tobytes())[:12],
-        "teacher": files.digest(json.dumps(store.fingerprint, sort_keys=True).encode())[:12],
+        "teacher": store.digest,
     }
     kept = _read(path)
     if {name: kept.get(name) for name in found_for} == found_for:

@@ -210,13 +210,16 @@ class _Loop:
         """What must be equal for a checkpoint to be continued, as JSON gives it back."""
         shapes = {name: list(value.shape) for name, value in self.student.state_dict().items()}
         trained = [name for name, parameter in self.student.named_parameters() if parameter.requires_grad]
+        has_bank = self.config.bank_size and getattr(self.loss, "uses_bank", False)
         return {
             **self.config.identity(),
             "steps": self.steps,
             "loss": _describe(self.loss),
             "texts": files.digest(self.data.keys.numpy().tobytes())[:12],
-            "teacher": files.digest(json.dumps(self.store.fingerprint, sort_keys=True).encode())[:12],
+            "teacher": self.store.digest,
             "student": files.digest(json.dumps([shapes, trained]).encode())[:12],
+            # Without it a run drew banks in the order of the next seed's texts; one that has none goes on.
+            **({"bank_order": f"permutation(seed, epoch, {sampling.BANK})"} if has_bank else {}),
         }
 
     def _resume(self) -> tuple[int, dict[str, Any]]:

@@ -4,6 +4,8 @@ from functools import lru_cache
 
 import numpy as np
 
+BANK = 1  # the stream of banks: apart from the order of texts, of this seed and of any other
+
 
 def steps_per_epoch(count: int, batch_size: int, accumulation: int) -> int:
     return -(-count // (batch_size * accumulation))
@@ -21,7 +23,7 @@ def bank_rows(draw: int, count: int, *, size: int, seed: int) -> np.ndarray:
     """The draw-th window of `size` rows of a permutation: no row twice in it. What fills no window is skipped until the next one."""
     size = min(size, count)
     epoch, window = divmod(draw, count // size)
-    return permutation(seed + 1, epoch, count)[window * size : (window + 1) * size]
+    return permutation(seed, epoch, count, BANK)[window * size : (window + 1) * size]
 
 
 def hard_bank_rows(batch: np.ndarray, neighbours: np.ndarray, window: np.ndarray) -> np.ndarray:
@@ -38,5 +40,5 @@ def hard_bank_rows(batch: np.ndarray, neighbours: np.ndarray, window: np.ndarray
 
 
 @lru_cache(maxsize=4)  # an epoch's order of texts and of bank rows, and the next ones: 8 bytes a text each
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+def permutation(seed: int, epoch: int, count: int, *stream: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch, *stream])).permutation(count)

@@ -14,19 +14,20 @@ import runs
 import torch
 from torch import Tensor
 
-from distill import alignment, teachers
+from distill import alignment, joining, teachers
 from distill.alignment import generalised_procrustes, nearest_rotation, principal_directions
 from distill.embed import embed, embed_vocabulary
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, RecipeError
+from distill.joining import concatenate, join_stores, keys_by_role, methods, procrustes_mean
+from distill.joining import stores as joined_stores
 from distill.losses import CosineDistance
-from distill.store import GOOD, NO_TOKENS, NOT_FINITE, Rows, Store, compress, joining, text_keys
-from distill.teachers import concatenate, gram_average, keys_by_role, procrustes_mean
+from distill.store import GOOD, NO_TOKENS, NOT_FINITE, Rows, Store, compress, text_keys
 from distill.training import TrainConfig, match, train
 
 METHODS: dict[str, Callable[..., joining.Joined]] = {
     "concatenate": concatenate,
-    "gram": lambda stores, path, **options: gram_average(stores, path, width=6, **options),
+    "gram": lambda stores, path, **options: concatenate(stores, path, width=6, **options),
     "procrustes": procrustes_mean,
 }
 COUNT = 60
@@ -98,7 +99,7 @@ def test_cosines_of_the_concatenation_are_the_weighted_mean_of_cosines(two: list
 
 
 def test_the_gram_average_is_the_truncated_eigendecomposition(two: list[Store], tmp_path: Path) -> None:
-    joined = gram_average(two, tmp_path / "new", width=6, weights=(3.0, 1.0))
+    joined = concatenate(two, tmp_path / "new", width=6, weights=(3.0, 1.0))
     rows, (a, b) = stored(joined.store), [stored(store) for store in two]
     values, vectors = torch.linalg.eigh((3 * a @ a.T + b @ b.T) / 4)
     best = unit(vectors[:, -6:] * values[-6:].sqrt())
@@ -107,8 +108,9 @@ def test_the_gram_average_is_the_truncated_eigendecomposition(two: list[Store], 
 
 
 def test_before_it_is_stretched_no_other_subspace_is_nearer(two: list[Store]) -> None:
-    sources = joining.read_together(two, (3.0, 1.0), None)
-    whole = sources.side_by_side(sources.units(sources.good())).double()
+    sources = joined_stores.read_together(two, (3.0, 1.0), None)
+    units = torch.cat(sources.units(sources.good()), dim=1)
+    whole = (units @ methods.side_by_side_matrix(sources)).double()
     gram = whole @ whole.T
     best = whole @ principal_directions(whole.T @ whole, 6)
     error = (best @ best.T - gram).square().sum()
@@ -117,13 +119,12 @@ def test_before_it_is_stretched_no_other_subspace_is_nearer(two: list[Store]) ->
     for seed in range(20):
         other = whole @ torch.linalg.qr(random(6, 13, seed).double()).Q
         assert (other @ other.T - gram).square().sum() > error
-    units = torch.cat(sources.units(sources.good()), dim=1)
-    columns = (units @ teachers.principal_matrix(sources, 6)).double()
+    columns = (units @ methods.principal_matrix(sources, 6)).double()
     torch.testing.assert_close(columns.T @ columns, values[-6:].flip(0).diag(), rtol=1e-4, atol=1e-4)
 
 
 def test_stretched_rows_are_nearer_to_the_mean_cosines_than_others(two: list[Store], tmp_path: Path) -> None:
-    errors = {width: gram_average(two, tmp_path / str(width), width=width).error for width in (2, 4, 6, 9, 13)}
+    errors = {width: concatenate(two, tmp_path / str(width), width=width).error for width in (2, 4, 6, 9, 13)}
     assert [*errors.values()] == sorted(errors.values(), reverse=True)
     assert errors[13] < 1e-3
     a, b = (stored(store) for store in two)
@@ -134,14 +135,23 @@ def test_stretched_rows_are_nearer_to_the_mean_cosines_than_others(two: list[Sto
         assert (other @ other.T - mean).abs()[off].mean() > errors[6]
 
 
-def test_concatenate_to_a_width_and_the_gram_average_are_one(two: list[Store], tmp_path: Path) -> None:
-    one, other = gram_average(two, tmp_path / "a1", width=6), concatenate(two, tmp_path / "b1", width=6)
+def test_the_method_gram_is_concatenate_to_a_width(two: list[Store], tmp_path: Path) -> None:
+    one = join_stores(two, "gram", None, 6, None, tmp_path / "a1")
+    other = concatenate(two, tmp_path / "b1", width=6)
     assert torch.equal(one.store.vectors(names()), other.store.vectors(names()))
     assert one.store.fingerprint == other.store.fingerprint
 
 
+@pytest.mark.parametrize("width", [None, 6, 8, 13])
+def test_the_matrix_is_what_the_rows_were_written_with(two: list[Store], tmp_path: Path, width: int | None) -> None:
+    """Also at the width of all, where rows side by side and rows that were turned look alike; and when they are read."""
+    units = torch.cat([stored(store) for store in two], dim=1)
+    for joined in [concatenate(two, tmp_path / "new", width=width, weights=(3.0, 1.0)) for _ in range(2)]:
+        torch.testing.assert_close(unit(units @ joined.matrix.double()), stored(joined.store), rtol=0, atol=2e-3)
+
+
 def test_at_the_first_teachers_width_rows_are_turned_onto_its_own(two: list[Store], tmp_path: Path) -> None:
-    joined = gram_average(two, tmp_path / "new", width=8)
+    joined = concatenate(two, tmp_path / "new", width=8)
     rows, (a, b) = stored(joined.store), [stored(store) for store in two]
     values, vectors = torch.linalg.eigh((a @ a.T + b @ b.T) / 2)
     best = unit(vectors[:, -8:] * values[-8:].sqrt())
@@ -243,8 +253,8 @@ def test_many_blocks_and_shards_are_one_store(
     two: list[Store], tmp_path: Path, method: Callable[..., joining.Joined], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = method(two, tmp_path / "whole").store
-    monkeypatch.setattr(joining, "BLOCK", 7)
-    monkeypatch.setattr(joining, "SHARD_ROWS", 25)
+    monkeypatch.setattr(joined_stores, "BLOCK", 7)
+    monkeypatch.setattr(joined_stores, "SHARD_ROWS", 25)
     parts = method(two, tmp_path / "parts").store
     assert [shard.rows for shard in parts.shards] == [25, 25, 10]
     torch.testing.assert_close(stored(parts), stored(whole), rtol=0, atol=2e-3)
@@ -351,9 +361,9 @@ def test_stores_of_any_format_are_joined(tmp_path: Path, method: Callable[..., j
 def test_the_fingerprint_names_method_weights_texts_and_teachers(two: list[Store], tmp_path: Path) -> None:
     made = {
         "base": procrustes_mean(two, tmp_path / "1"),
-        "method": gram_average(two, tmp_path / "2", width=8),
+        "method": concatenate(two, tmp_path / "2", width=8),
         "weights": procrustes_mean(two, tmp_path / "3", weights=(2.0, 1.0)),
-        "width": gram_average(two, tmp_path / "4", width=6),
+        "width": concatenate(two, tmp_path / "4", width=6),
         "order": procrustes_mean(two[::-1], tmp_path / "5"),
         "texts": procrustes_mean(two, tmp_path / "6", keys=[text_keys(names()[:50])] * 2),
         "teachers": procrustes_mean([two[0], write(tmp_path / "c", random(5))], tmp_path / "7"),
@@ -370,7 +380,7 @@ def test_what_stands_already_is_not_written_again(
 ) -> None:
     first = procrustes_mean(two)
     assert first.store.path.parent == two[0].path.parent
-    monkeypatch.setattr(joining, "write_store", None)
+    monkeypatch.setattr(joined_stores, "write_store", None)
     again = procrustes_mean(two)
     assert again.store.path == first.store.path
     assert str(again) == str(first)
@@ -405,11 +415,15 @@ def test_what_cannot_be_joined_is_refused(
         procrustes_mean(two, tmp_path / "new", weights=weights, keys=keys)
     with pytest.raises(RecipeError, match="two stores or more"):
         procrustes_mean(two[:1], tmp_path / "new")
+    with pytest.raises(RecipeError, match="the method gram needs a width"):
+        join_stores(two, "gram", None, None, None, tmp_path / "new")
+    with pytest.raises(RecipeError, match="procrustes has the first teacher's"):
+        join_stores(two, "procrustes", None, 8, None, tmp_path / "new")
     for width in (0, 14):
         with pytest.raises(RecipeError, match=rf"are 13 wide together: width is 1\.\.13, got {width}"):
-            gram_average(two, tmp_path / "new", width=width)
+            concatenate(two, tmp_path / "new", width=width)
     with pytest.raises(RecipeError, match="are 8 wide together"):
-        gram_average(two, tmp_path / "new", width=9, weights=(1.0, 0.0))
+        concatenate(two, tmp_path / "new", width=9, weights=(1.0, 0.0))
 
 
 def test_a_join_that_is_killed_leaves_no_store_and_the_next_cleans_up(two: list[Store], tmp_path: Path) -> None:
@@ -417,7 +431,7 @@ def test_a_join_that_is_killed_leaves_no_store_and_the_next_cleans_up(two: list[
 import os, signal
 from pathlib import Path
 from distill.store import Store
-from distill.teachers import procrustes_mean
+from distill.joining import procrustes_mean
 append = Store.append
 Store.append = lambda self, rows: (append(self, rows), os.kill(os.getpid(), signal.SIGKILL))
 procrustes_mean([Store.open(path) for path in {[str(store.path) for store in two]!r}], {str(tmp_path / "new")!r})
@@ -448,11 +462,11 @@ def test_a_map_is_the_same_whatever_the_sign_of_an_eigenvector(monkeypatch: pyte
 
 def test_the_lines_of_the_module_train_a_student(tiny_bert: Path, tiny_model: Any, tmp_path: Path) -> None:
     """Executed as they stand in its text: another width, another tokenizer, other prompts."""
-    lines = [line[4:] for line in (teachers.__doc__ or "").splitlines() if line.startswith("    ")]
-    code = "\n".join(line for line in lines if not line.startswith("python "))
+    lines = [line[4:] for line in (joining.__doc__ or "").splitlines() if line.startswith("    ")]
+    code = "\n".join(lines)
     prompts = {"prompts": {"query": "q: "}, "default_prompt_name": "query"}
     space: dict[str, Any] = {
-        **vars(teachers),
+        **vars(joining),
         **{
             "embed": embed,
             "match": match,
@@ -496,8 +510,8 @@ def test_the_command_joins_stores(two: list[Store], tmp_path: Path, capsys: pyte
     assert command(capsys, *paths, "--method", "gram", "--width", 4, "--output", tmp_path / "g")[0] == 0
     assert Store.open(tmp_path / "g").width == 4
     for arguments, message in (
-        (["--method", "gram", "--output", tmp_path / "x"], "needs a --width"),
-        (["--width", 4, "--output", tmp_path / "x"], "--width is of --method gram"),
+        (["--method", "gram", "--output", tmp_path / "x"], "gram needs a width"),
+        (["--width", 4, "--output", tmp_path / "x"], "a width is of the methods gram"),
         (["--texts", "a.txt", "--output", tmp_path / "x"], "go together"),
         (["--output", tmp_path / "g"], "is there already"),
     ):

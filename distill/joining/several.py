@@ -19,15 +19,15 @@ from torch import Tensor
 from distill import distributed
 from distill.embed import embed
 from distill.encoder import Encoder
+from distill.joining.methods import Method, Texts, join_stores, keys_by_role
+from distill.joining.stores import Joined, shares
 from distill.similarity import normalize
 from distill.store import Store, text_keys
-from distill.store.joining import Joined, Sources, read_together
-from distill.teachers import Method, Texts, join_stores, keys_by_role, principal_matrix, turned_mean_matrix
 
 
 @dataclass(frozen=True, eq=False)
 class Several:
-    """Several teachers as one: each with its store, and the matrix that takes their unit rows, side by side, to one vector."""
+    """Several teachers as one: each with its store, and what they were joined into."""
 
     teachers: Sequence[Encoder]
     stores: Sequence[Path]
@@ -37,7 +37,6 @@ class Several:
     """They add up to 1."""
     joined: Joined
     """The vectors to train on, under the first teacher's keys."""
-    matrix: Float[Tensor, "w e"]
 
     @property
     def keeps_index(self) -> bool:
@@ -48,7 +47,7 @@ class Several:
         """Joined unit vectors of any texts. What a store lacks is embedded into it; zeros where a teacher has no good vector."""
         units = [self._unit(number, texts, role) for number in range(len(self.teachers))]
         good = torch.stack([rows.any(dim=1) for rows in units]).all(dim=0)
-        return normalize((torch.cat(units, dim=1) @ self.matrix).masked_fill(~rearrange(good, "n -> n 1"), 0.0))
+        return normalize((torch.cat(units, dim=1) @ self.joined.matrix).masked_fill(~rearrange(good, "n -> n 1"), 0.0))
 
     def _unit(self, number: int, texts: Sequence[str], role: str | None) -> Float[Tensor, "n e"]:
         teacher, store = self.teachers[number], Store.open(self.stores[number])
@@ -95,18 +94,5 @@ def several(
     keys = [keys_by_role(texts, teacher) for teacher in teachers]
     write = partial(join_stores, stores, method, weights, width, keys)
     distributed.main_first(lambda: write().error)  # the others then read what it wrote
-    joined, sources = write(), read_together(stores, weights, keys)
-    matrix = _matrix(sources, method, joined.store.width)
     own = [store.path for store in stores]
-    return Several(tuple(teachers), own, method, tuple(sources.weights), joined, matrix)
-
-
-def _matrix(sources: Sources, method: Method, width: int) -> Float[Tensor, "w e"]:
-    """What the joined rows are made by."""
-    if method == "procrustes":
-        return turned_mean_matrix(sources)
-    counted = sum(store.width for store, weight in zip(sources.stores, sources.weights, strict=True) if weight)
-    if method == "gram" or width < counted:
-        return principal_matrix(sources, width)
-    widths = [store.width for store in sources.stores]
-    return sources.side_by_side(list(torch.eye(sum(widths)).split(widths, dim=1)))
+    return Several(tuple(teachers), own, method, tuple(shares(weights, len(stores))), write())

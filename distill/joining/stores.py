@@ -1,9 +1,9 @@
-"""Stores of several teachers read side by side, and the store that is written from them. The ways to join are in `teachers`."""
+"""Stores of several teachers read side by side, and the store that is written from them. The ways to join are in `methods`."""
 
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,20 @@ from distill.store.writing import write_store
 BLOCK = 4096
 TOKENS = 65_536  # ids of tokens that are looked for at once
 Units = list[Tensor]  # unit rows of the same texts, one matrix (b, e) a teacher
-Join = Callable[[Units], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Joined:
     """A joined store, and how well it stands for its teachers, measured on at most 512 of its rows.
 
+    matrix: what takes the teachers' unit rows, side by side, to a joined row, but for its length.
     left_out: texts that not every store holds. set_aside: rows that are not good in every store, flagged here.
     error: mean |cosine of two joined rows - weighted mean of the teachers' cosines|; errors: the same to each teacher alone.
     to_first: mean cosine of a row to the first teacher's, where the widths are equal.
     """
 
     store: Store
+    matrix: Float[Tensor, "w e"]
     left_out: int
     set_aside: int
     error: float
@@ -72,10 +73,6 @@ class Sources:
         good = np.flatnonzero(self.flags == GOOD)
         return good if most is None else good[spread(len(good), most)]
 
-    def side_by_side(self, units: Units) -> Tensor:
-        """Unit rows times sqrt(weight) in one matrix; a teacher of weight 0 has no columns."""
-        return torch.cat([math.sqrt(w) * rows for w, rows in zip(self.weights, units, strict=True) if w], dim=1)
-
     def moments(self) -> Float[Tensor, "w w"]:
         """X'X of the good texts' unit rows, all teachers' side by side and without weights, in float64."""
         good, total = self.good(), torch.zeros((), dtype=torch.float64)
@@ -84,16 +81,16 @@ class Sources:
             total = total + rows.T @ rows
         return total
 
-    def blocks(self, join: Join) -> Iterator[Rows]:
+    def blocks(self, matrix: Float[Tensor, "w e"]) -> Iterator[Rows]:
         """Joined rows, a shard at a time. What is not good in every store is zeros, with the flag of the first that says so."""
         for start in range(0, len(self.keys), SHARD_ROWS):
             here = np.arange(start, min(start + SHARD_ROWS, len(self.keys)))
-            vectors = np.concatenate([self._block(here[at : at + BLOCK], join) for at in range(0, len(here), BLOCK)])
+            vectors = np.concatenate([self._block(here[at : at + BLOCK], matrix) for at in range(0, len(here), BLOCK)])
             flags = np.where((self.flags[here] == GOOD) & ~vectors.any(axis=1), ZERO, self.flags[here])
             yield Rows(vectors, self.keys[here], self.stores[0].token_counts[self.rows[0][here]], flags)
 
-    def _block(self, chosen: np.ndarray, join: Join) -> np.ndarray:
-        joined = normalize(join(self.units(chosen)))
+    def _block(self, chosen: np.ndarray, matrix: Float[Tensor, "w e"]) -> np.ndarray:
+        joined = normalize(torch.cat(self.units(chosen), dim=1) @ matrix)
         joined[torch.from_numpy(self.flags[chosen] != GOOD)] = 0.0
         return joined.numpy().astype(np.float16)
 
@@ -108,7 +105,7 @@ class Sources:
 def read_together(
     stores: Sequence[Store], weights: Sequence[float] | None, keys: Sequence[np.ndarray] | None
 ) -> Sources:
-    """The texts that all stores hold, by their keys in each, or by the keys that all have in common. See `teachers.concatenate`."""
+    """The texts that all stores hold, by their keys in each, or by the keys that all have in common. See `methods.concatenate`."""
     if len(stores) < 2:
         raise RecipeError(f"two stores or more are joined, got {len(stores)}.")
     keys = [_text_keys_of(stores)] * len(stores) if keys is None else keys
@@ -129,21 +126,19 @@ def read_together(
     flags = _flags(stores, rows)
     if not (flags == GOOD).any():
         raise DataError(f"none of {len(names):,} texts has a good vector in every store; there is nothing to join.")
-    return Sources(stores, _shares(weights, len(stores)), rows, names, flags, int((~held).sum()))
+    return Sources(stores, shares(weights, len(stores)), rows, names, flags, int((~held).sum()))
 
 
-def write_joined(
-    sources: Sources, path: str | Path | None, method: str, make: Callable[[], Join], width: int
-) -> Joined:
+def write_joined(sources: Sources, path: str | Path | None, method: str, matrix: Float[Tensor, "w e"]) -> Joined:
     """Write the joined store, unless it stands already, and judge it."""
+    width = matrix.shape[1]
     fingerprint = sources.fingerprint(method, width)
     if path is None:
         beside, digest = sources.stores[0].path, hashlib.sha256(repr(fingerprint).encode()).hexdigest()
         path = beside.with_name(f"{beside.name}-joined-{digest[:12]}")
     if not (Path(path) / MANIFEST).exists() or Store.open(path).fingerprint != fingerprint:
-        blocks = sources.blocks(make())
-        return _judged(sources, write_store(path, fingerprint, width, blocks, rows=len(sources.keys)))
-    return _judged(sources, Store.open(path))
+        write_store(path, fingerprint, width, sources.blocks(matrix), rows=len(sources.keys))
+    return _judged(sources, Store.open(path), matrix)
 
 
 def _text_keys_of(stores: Sequence[Store]) -> np.ndarray:
@@ -158,7 +153,7 @@ def _text_keys_of(stores: Sequence[Store]) -> np.ndarray:
     return keys
 
 
-def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+def shares(weights: Sequence[float] | None, count: int) -> list[float]:
     """Weights that add up to 1."""
     given = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(given) != count or not all(0 <= weight < math.inf for weight in given) or not sum(given) > 0:
@@ -176,7 +171,7 @@ def _flags(stores: Sequence[Store], rows: Sequence[np.ndarray]) -> np.ndarray:
     return flags
 
 
-def _judged(sources: Sources, store: Store) -> Joined:
+def _judged(sources: Sources, store: Store, matrix: Float[Tensor, "w e"]) -> Joined:
     chosen = sources.good(PAIR_ROWS)
     units, joined = sources.units(chosen), normalize(store.take(store.find(sources.keys[chosen])))
     grams = torch.stack([rows @ rows.T for rows in units])
@@ -185,4 +180,4 @@ def _judged(sources: Sources, store: Store) -> Joined:
     apart.diagonal(dim1=1, dim2=2).zero_()
     error, *errors = (apart.sum(dim=(1, 2)) / max(1, len(chosen) * (len(chosen) - 1))).tolist()
     near = pairwise_cosine(joined, units[0]).mean().item() if store.width == sources.stores[0].width else None
-    return Joined(store, sources.left_out, int((store.flags != GOOD).sum()), error, tuple(errors), near)
+    return Joined(store, matrix, sources.left_out, int((store.flags != GOOD).sum()), error, tuple(errors), near)
