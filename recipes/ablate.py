@@ -14,7 +14,7 @@ from statistics import fmean
 from distill import cli, files
 from distill.benchmark import measuring
 from distill.benchmark.seeds import average
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out, unused
+from distill.config import EvaluationConfig, LossConfig, StudentConfig, TeacherConfig, at_least, hold_out, unused
 from distill.data import load_texts
 from distill.embed import embed
 from distill.encoder import Encoder
@@ -22,7 +22,6 @@ from distill.errors import RecipeError
 from distill.evaluation import Scores, evaluate
 from distill.export import this_command
 from distill.metrics import Interval
-from distill.objective import LossConfig
 from distill.store import Store
 from distill.training import Run, TrainConfig, match, train
 

@@ -18,14 +18,13 @@ from distill import cli, distributed, files, hub
 from distill.benchmark import measuring
 from distill.benchmark.peers import PEERS, Trained, Work, steps_that_fit
 from distill.benchmark.seeds import Averaged, average
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, hold_out, unused
+from distill.config import EvaluationConfig, LossConfig, StudentConfig, TeacherConfig, at_least, hold_out, unused
 from distill.data import load_texts
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData, Scores, evaluate
 from distill.export import Provenance, export, this_command
-from distill.objective import LossConfig
 from distill.store import Store
 from distill.training import TrainConfig, match, train
 

@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import cli
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, describe_start, hold_out
+from distill.config import (
+    EvaluationConfig,
+    SidesConfig,
+    StudentConfig,
+    TeacherConfig,
+    at_least,
+    describe_start,
+    hold_out,
+)
 from distill.data import load_texts
 from distill.embed import embed
 from distill.errors import RecipeError
@@ -26,7 +34,6 @@ from distill.gates import OF_A_RUN, Gate, read_gates
 from distill.losses import CosineDistance, CrossContrastive, WeightedSum
 from distill.planning import plan
 from distill.report import finish
-from distill.sides import Sides
 from distill.store import Format
 from distill.training import TrainConfig, match, train
 
@@ -56,7 +63,7 @@ class Recipe:
     plan: bool = False
     """Print the memory, disk and time that this run will need, and stop."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    sides: Sides = field(default_factory=Sides)
+    sides: SidesConfig = field(default_factory=SidesConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10.0, learning_rate=2e-3, bank_size=4096))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

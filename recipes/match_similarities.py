@@ -10,14 +10,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from distill import cli
-from distill.config import EvaluationConfig, StudentConfig, TeacherConfig, at_least, describe_start, hold_out
+from distill.config import (
+    EvaluationConfig,
+    JoinConfig,
+    LossConfig,
+    StudentConfig,
+    TeacherConfig,
+    at_least,
+    describe_start,
+    hold_out,
+)
 from distill.data import load_texts
 from distill.embed import embed
 from distill.evaluation import evaluate
 from distill.export import Provenance
 from distill.gates import Gate, read_gates
-from distill.joins import JoinConfig
-from distill.objective import LossConfig
 from distill.planning import plan
 from distill.report import finish
 from distill.store import Format, Store

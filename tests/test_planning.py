@@ -15,12 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from distill import distributed, losses
-from distill.config import StudentConfig, TeacherConfig
+from distill.config import JoinConfig, StudentConfig, TeacherConfig
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData
-from distill.joins import JoinConfig
 from distill.modules import Tokens
 from distill.planning import arithmetic, plan
 from distill.planning.rehearsal import stage

@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 
 from distill.encoder import Encoder
 from distill.head_folder import load_head
-from distill.sides import cut
 from distill.store import Store, text_keys
+from distill.truncation import truncate_texts
 
 pytestmark = pytest.mark.timeout(3000)  # a test may wait for the runs of all others, which were started before its own
 ROOT = Path(__file__).resolve().parents[1]
@@ -666,7 +666,7 @@ def test_sides_have_prompts_and_limits_of_their_own(session: Session) -> None:
     queries = [json.loads(line)["text"] for line in Path(session.names["queries"]).read_text().splitlines()]
     teacher = Encoder.from_pretrained(session.names["prompted"])
     teacher.prompts["query"] = "?"
-    shorter = cut(queries, teacher, 5, role="query")
+    shorter = truncate_texts(queries, teacher, 5, role="query")
     assert sum(one != other for one, other in zip(shorter, queries, strict=True)) > 0
     assert (store.find(text_keys(shorter, prompt="?")) >= 0).all()
     assert store.fingerprint["max_length"] == teacher.max_length

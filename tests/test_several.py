@@ -12,14 +12,13 @@ import tiny
 import torch
 from torch import Tensor
 
-from distill.config import StudentConfig, TeacherConfig, describe_start
+from distill.config import JoinConfig, StudentConfig, TeacherConfig, describe_start
 from distill.data import Retrieval
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import DistillError, RecipeError
 from distill.evaluation import EvaluationData, evaluate
 from distill.joining import several
-from distill.joins import JoinConfig
 from distill.similarity import pairwise_cosine
 from distill.space import Space
 from distill.store import Store

@@ -1,4 +1,4 @@
-"""Further teachers beside the first: the flags that name and join them."""
+"""The flags --join.*: further teachers beside the first, and the space they make with it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distill import distributed
-from distill.config import StudentConfig, TeacherConfig, at_least
+from distill.config.bounds import at_least
+from distill.config.student import StudentConfig
+from distill.config.teacher import TeacherConfig
 from distill.embed import default_store
 from distill.encoder import Encoder
 from distill.errors import RecipeError

@@ -1,4 +1,4 @@
-"""The loss of a recipe, term by term: weights, when each fades out, temperature, and the widths at which it counts."""
+"""The flags --loss.*: weights, when each term fades out, temperature, and the widths at which all count."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

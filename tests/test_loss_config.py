@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from distill import losses
+from distill.config import LossConfig
 from distill.errors import RecipeError
 from distill.losses import Matryoshka, WeightedSum
-from distill.objective import LossConfig
 
 ALL = {"gram_mse": 2.0, "gram_kl": 0.5, "rkd_distance": 3.0}
 
