@@ -175,7 +175,7 @@ class Encoder(nn.Module):
         )
         prompt, starts = self.prompt(role), range(0, len(texts), WINDOW)
         windows = ((start, self.tokenize(texts[start : start + WINDOW], prompt=prompt).tokens) for start in starts)
-        with _eval_mode(self), bar:
+        with eval_mode(self), bar:
             for start, window in ahead(windows) if len(starts) > 1 else windows:
                 for index, tokens in window.grouped(8192):
                     vectors[start + index] = self.compute(tokens).cpu()
@@ -186,7 +186,7 @@ class Encoder(nn.Module):
     def encode_vocabulary(self) -> Float[Tensor, "v width"]:
         """The vector of each token of the vocabulary, alone between the special tokens. Cost: one short text a token."""
         self.require_transformer()
-        with _eval_mode(self):
+        with eval_mode(self):
             ids = torch.arange(len(self.tokenizer)).split(512)
             parts = [
                 self.compute(self.single_tokens(part.tolist())).cpu()
@@ -259,7 +259,7 @@ def refuse_one_text(texts: Sequence[str]) -> None:
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode, and each part's own mode again afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()

@@ -28,18 +28,6 @@ def with_model(encoder: Encoder, model: nn.Module) -> Encoder:
     return Encoder(**parts).eval()
 
 
-@contextmanager
-def evaluating(encoder: Encoder) -> Iterator[None]:
-    """Eval mode without gradients; the mode before is back when the block ends."""
-    training = encoder.training
-    encoder.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        encoder.train(training)
-
-
 def layer_list(model: Any, name: str) -> tuple[str, nn.ModuleList]:
     """The one list of a model's layers, and its path in the model. RecipeError if there is none or several."""
     total = getattr(model.config, "num_hidden_layers", None)

@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill import distributed
-from distill.encoder import Encoder
+from distill.encoder import Encoder, eval_mode
 from distill.errors import RecipeError
 from distill.heads import RIDGES
 from distill.modules import Tokens
 from distill.similarity import normalize, pairwise_cosine
-from distill.students.blocks import evaluating, layer_list, only_layers, transformer_of
+from distill.students.blocks import layer_list, only_layers, transformer_of
 from distill.students.summary import texts_by_role, usable_rows
 
 REMEMBERED_BYTES = 2**30  # of hidden states; what does not fit is computed again
@@ -81,7 +81,8 @@ def choose_layers(
         )
     tokens, targets = _usable(teacher, texts, vectors)
     began = time.monotonic()
-    with evaluating(teacher), tqdm(desc="sets of layers", unit="set", delay=2, disable=distributed.hides_bars()) as bar:
+    bar = tqdm(desc="sets of layers", unit="set", delay=2, disable=distributed.hides_bars())
+    with torch.no_grad(), eval_mode(teacher), bar:
         search = _Search(_Partial(teacher, tokens), targets, projection, budget=int(passes * total), bar=bar)
         best = search.best(count)
     return Choice(

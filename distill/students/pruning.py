@@ -11,11 +11,11 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.encoder import Encoder
+from distill.encoder import Encoder, eval_mode
 from distill.errors import RecipeError
 from distill.modules import Tokens
 from distill.similarity import normalize
-from distill.students.blocks import evaluating, layer_list, rebuilt, transformer_of, with_model
+from distill.students.blocks import layer_list, rebuilt, transformer_of, with_model
 from distill.students.summary import named, texts_by_role, usable_rows
 
 PROBES = 4  # random directions in which the movement of a vector is measured
@@ -61,7 +61,7 @@ def prune(
     config, state = copy.deepcopy(model.config), dict(model.state_dict())
     if intermediate is None and heads is None:
         raise RecipeError("prune needs intermediate=... neurons, heads=..., or both.")
-    with evaluating(student):
+    with torch.no_grad(), eval_mode(student):
         if intermediate is not None:
             units = _feed_forward(model, layers[0], intermediate)
             kept = _most_important(student, layers, units, intermediate, texts, vectors, seed)
