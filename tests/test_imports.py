@@ -43,6 +43,7 @@ ORDER = [
     "metrics.incremental",
     "metrics",
     "distributed",
+    "runlog",
     "losses.sentence_transformers",  # an adapter to a trainer, not an objective: `losses` does not import it
     "packages",
     "model_files",
@@ -103,11 +104,9 @@ ORDER = [
     "narrow",
     "training.examples",
     "training.checkpoint",
-    "training.comparing",
     "training.sampling",
     "training.calibration",
     "training.stopping",
-    "training.runlog",
     "training.gradient_cache",
     "training.gradients",
     "training.finite",
@@ -179,7 +178,9 @@ ORDER = [
     "manual",
     "recording",
     "cli",
+    "verify_resume.comparing",
     "verify_resume",
+    "verify_resume.__main__",
 ]
 LIFTABLE = {name for name in ORDER if name.startswith(("losses", "streaming", "metrics"))} | {"similarity", "heads"}
 LIFTABLE -= {"losses.sentence_transformers"}
