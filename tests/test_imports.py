@@ -45,8 +45,8 @@ ORDER = [
     "distributed",
     "runlog",
     "losses.sentence_transformers",  # an adapter to a trainer, not an objective: `losses` does not import it
-    "packages",
     "model_files",
+    "packages",
     "hub_errors",
     "hub",
     "quantized",
