@@ -21,10 +21,10 @@ def transformer_of(encoder: Encoder) -> TransformerBackbone:
 
 
 def with_model(encoder: Encoder, model: nn.Module) -> Encoder:
-    """The encoder's own parts around another model, in eval mode. Its Dense layers are copied."""
+    """The encoder's own parts around another model, in eval mode. Pooling and head are copied."""
     backbone = transformer_of(encoder)
     parts = vars(encoder.parts()) | {"head": copy.deepcopy(list(encoder.head))}
-    parts["backbone"] = TransformerBackbone(model, backbone.pooling, pad_id=backbone.pad_id)
+    parts["backbone"] = TransformerBackbone(model, copy.deepcopy(backbone.pooling), pad_id=backbone.pad_id)
     return Encoder(**parts).eval()
 
 
