@@ -124,7 +124,7 @@ class Job:
                 writing = writer.submit(_written, store, computed)
                 computed = []
                 found = distributed.everywhere(partial(self._round, batches, each, bar, computed, writing))
-                records = distributed.concatenate([written for written, _ in found])
+                records = [record for written, _ in found for record in written]
                 if records:
                     distributed.main_first(partial(store.publish, records))
                 new = sum(count for _, count in found)

@@ -166,8 +166,7 @@ def rkd_angle(
         x.squared_distances(slice(0, count), slice(0, count)).div_(2)
         for x in (points, Points(share.everyone(teacher), dtype))
     ]
-    # Another process's rows may want the gradient where this one's do not: all sum it, or all wait.
-    angles = _Angles(halves[0], halves[1], with_gradient or len(share.sizes) > 1)
+    angles = _Angles(halves[0], halves[1], with_gradient)
     for anchor in evenly_spaced(anchors, count)[share.rank :: len(share.sizes)]:
         angles.add(anchor)
     terms = min(anchors, count) * count**2

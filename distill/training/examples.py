@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill import distributed
 from distill.encoder import Encoder, distinct
 from distill.errors import DataError
 from distill.modules import Tokens
@@ -44,7 +43,7 @@ def match(
     lengths = torch.cat([part.tokens.lengths for part in parts])
     rows = np.concatenate([part.rows for part in parts])
     joined = Examples(
-        distributed.concatenate([part.texts for part in parts]),
+        [text for part in parts for text in part.texts],
         Tokens(ids, lengths),
         rows,
         torch.cat([part.keys for part in parts]),
