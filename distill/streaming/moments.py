@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.streaming.engine import Share, exact_dtype, operator, share_of, tiles, working_dtype
-from distill.streaming.joint import Joint, Rows, add_moments, mirrored, moment_dtype, new_buffer
+from distill.streaming.joint import Joint, LazyUnitRows, add_moments, mirrored, moment_dtype, new_buffer
 
 # What the symmetric moments cost of a whole product: 6 of 9 blocks at width 768, 21 of 36 at 1536.
 SYMMETRIC = 0.6
@@ -114,7 +114,7 @@ def _column_moments(share: Share, teacher: Tensor, bank: Tensor | None, dtype: t
     if bank is not None:
         own.append(bank[len(bank) * share.rank // processes : len(bank) * (share.rank + 1) // processes])
     for rows in own:
-        for tile in Rows(rows).tiles(dtype):
+        for tile in LazyUnitRows(rows).tiles(dtype):
             add_moments(total, tile)
     return mirrored(share.sum(total))
 
@@ -123,7 +123,10 @@ def _cross_mse_direct(
     share: Share, student: Tensor, teacher: Tensor, bank: Tensor | None, dtype: torch.dtype, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """D B^T by tiles."""
-    width, columns = student.shape[1], [Rows(share.everyone(teacher))] + ([] if bank is None else [Rows(bank)])
+    width, columns = (
+        student.shape[1],
+        [LazyUnitRows(share.everyone(teacher))] + ([] if bank is None else [LazyUnitRows(bank)]),
+    )
     joint = Joint(share, student, teacher, dtype, difference=True)
     gradient, value = joint.new_gradient(with_gradient), student.new_zeros((), dtype=exact_dtype(student))
     count = sum(map(len, columns))
