@@ -23,6 +23,7 @@ from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone, Tru
 
 WINDOW = 16_384  # texts that are sorted by length together; the more, the less padding
 ComputeDtype = Literal["float32", "bfloat16"]
+Texts = Sequence[str] | Mapping[str, Sequence[str]]  # alone, or by role: {"query": [...], "document": [...]}
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,16 @@ def distinct(texts: Sequence[str]) -> list[str]:
     """Each text once, in their order. DataError for one text where a list of them is expected."""
     refuse_one_text(texts)
     return list(dict.fromkeys(texts))
+
+
+def texts_by_role(texts: Texts) -> list[tuple[str | None, Sequence[str]]]:
+    """Texts with their role, in their order; texts alone have none."""
+    roles: list[tuple[str | None, Sequence[str]]] = (
+        list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
+    )
+    for _, some in roles:
+        refuse_one_text(some)
+    return roles
 
 
 def refuse_one_text(texts: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -122,6 +122,17 @@ def _check_search(queries: Tensor, corpus: Tensor, k: int, exclude_self: bool) -
         raise ValueError(f"top_k_neighbours needs 1 <= k <= {len(corpus) - exclude_self} corpus rows, got k={k}.")
     if not (queries.isfinite().all() and corpus.isfinite().all()):
         raise ValueError("top_k_neighbours got vectors with NaN or infinite entries: they have no order. Remove them.")
+
+
+def usable_rows(vectors: Float[Tensor, "n e"]) -> Bool[Tensor, " n"]:
+    """Rows that are finite and not zero."""
+    return vectors.isfinite().all(dim=1) & vectors.any(dim=1)
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Numbers of at most `most` of `count` rows, evenly spaced: sorted ones are sampled from end to end."""
+    chosen = min(count, most)
+    return [place * count // chosen for place in range(chosen)]
 
 
 def check_widths(caller: str, student: Tensor, other: Tensor, role: str = "teacher") -> None:

@@ -16,6 +16,7 @@ ORDER = [
     "files",
     "ahead",
     "similarity",
+    "alignment",
     "streaming.kernels",  # needs Triton; `engine` imports it when a tile on CUDA comes
     "streaming.engine",
     "streaming.columns",
@@ -82,7 +83,6 @@ ORDER = [
     "classes",
     "docstrings",
     "course",
-    "alignment",
     "store.compression",
     "store.shards",
     "store.rows",

@@ -1,7 +1,7 @@
 """Which of the teacher's layers to keep: those that, untrained, come nearest to the teacher's own vectors."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill import distributed
-from distill.encoder import Encoder, eval_mode
+from distill.encoder import Encoder, Texts, eval_mode, texts_by_role
 from distill.errors import RecipeError
 from distill.heads import RIDGES
 from distill.modules import Tokens
-from distill.similarity import normalize, pairwise_cosine
+from distill.similarity import normalize, pairwise_cosine, usable_rows
 from distill.students.blocks import layer_list, only_layers, transformer_of
-from distill.students.summary import texts_by_role, usable_rows
 
 REMEMBERED_BYTES = 2**30  # of hidden states; what does not fit is computed again
 
@@ -59,7 +58,7 @@ def choose_layers(
     teacher: Encoder,
     count: int = 3,
     *,
-    texts: Sequence[str] | Mapping[str, Sequence[str]],
+    texts: Texts,
     vectors: Float[Tensor, "n e"] | None = None,
     projection: bool = False,
     passes: float = 8.0,
@@ -233,7 +232,7 @@ def after_ridge(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n e"]) ->
 
 
 def _usable(
-    teacher: Encoder, texts: Sequence[str] | Mapping[str, Sequence[str]], vectors: Float[Tensor, "n e"] | None
+    teacher: Encoder, texts: Texts, vectors: Float[Tensor, "n e"] | None
 ) -> tuple[Tokens, Float[Tensor, "usable e"]]:
     """Tokens of the texts in their roles, and the teacher's vectors, where these are finite and not zero."""
     roles = texts_by_role(texts)

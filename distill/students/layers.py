@@ -1,7 +1,7 @@
 """A copy of the teacher with some of its layers."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill import distributed
-from distill.encoder import Encoder, eval_mode
+from distill.encoder import Encoder, Texts, eval_mode
 from distill.errors import RecipeError
 from distill.modules import Dense, Normalize, TransformerBackbone
 from distill.students.blocks import layer_list, only_layers, transformer_of, with_layers, with_model
@@ -25,7 +25,7 @@ def keep_layers(
     *,
     projection: bool = False,
     count: int = 3,
-    texts: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    texts: Texts | None = None,
     vectors: Float[Tensor, "n e"] | None = None,
 ) -> Encoder:
     """A copy of the teacher with some of its layers: a count (the lowest ones and the last), their numbers from 0, or "auto".
@@ -75,7 +75,7 @@ def freeze_token_table(student: Encoder) -> None:
 def _chosen(
     teacher: Encoder,
     count: int,
-    texts: Sequence[str] | Mapping[str, Sequence[str]] | None,
+    texts: Texts | None,
     vectors: Float[Tensor, "n e"] | None,
     projection: bool,
 ) -> tuple[int, ...]:
