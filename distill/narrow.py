@@ -254,7 +254,7 @@ def turn_file(vectors: Path, directions: Float[Tensor, "d e"], output: Path) -> 
     source, width = read_array(vectors), directions.shape[1]
     if source.ndim != 2 or source.shape[1] != width:
         raise DataError(
-            f"{vectors} holds {source.shape}, expected rows of width {width}, that of the teacher that was turned."
+            f"{vectors} holds {source.shape}, expected (rows, {width}): the width of the teacher that was turned."
         )
     shape = (len(source), len(directions))
     with files.published_file(output) as temporary:

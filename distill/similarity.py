@@ -142,8 +142,9 @@ def check_widths(caller: str, student: Tensor, other: Tensor, role: str = "teach
     if student.shape[-1] != other.shape[-1]:
         raise ValueError(
             f"{caller} compares vectors of one width, got student {tuple(student.shape)} and {role} "
-            f"{tuple(other.shape)}. Give the student a Projection to width {other.shape[-1]}, or use gram_mse or "
-            f"gram_kl, which allow different widths."
+            f"{tuple(other.shape)}. Lead the student to width {other.shape[-1]}: an Encoder by students.lead_to(encoder, "
+            f"{other.shape[-1]}), vectors in a loop of your own by torch.nn.Linear({student.shape[-1]}, {other.shape[-1]}). Or "
+            "use gram_mse or gram_kl, which allow different widths."
         )
 
 
