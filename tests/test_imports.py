@@ -234,6 +234,24 @@ def test_the_walk_sees_an_import_from_below(tmp_path: Path) -> None:
     assert list(imports(file, {"losses", "cli"})) == ["distill.losses", "distill.cli", "torch"]
 
 
+def test_the_package_offers_the_same_names_to_programs_to_type_checkers_and_to_completion() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    [checked] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    homes = {alias.name: node.module for node in checked.body for alias in node.names}  # type: ignore[attr-defined]
+    assert sorted(homes) == sorted(distill.__all__)
+    assert set(distill.__all__) <= set(dir(distill))
+    for name, home in homes.items():
+        found = getattr(distill, name)
+        whole = home if home != "distill" else f"distill.{name}"
+        assert found is (sys.modules[whole] if home == "distill" else getattr(sys.modules[whole], name)), name
+    with pytest.raises(AttributeError, match="no attribute 'encode'"):
+        distill.encode  # noqa: B018
+
+
+def test_annotations_are_for_users_too() -> None:
+    assert (ROOT / "py.typed").is_file()
+
+
 def test_importing_prints_nothing_changes_no_seed_and_stays_light() -> None:
     program = """
 import os, random, sys, warnings
