@@ -17,7 +17,7 @@ from torch import Tensor
 from distill import losses
 from distill.losses import rank_hinge, rkd_angle, rkd_distance
 from distill.similarity import evenly_spaced
-from distill.streaming import engine, order
+from distill.streaming import engine, order, pairs
 
 SIZES = [1, 2, 3, 7, 40]
 

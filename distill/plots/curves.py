@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 def cost_curve(
     seconds: Mapping[str, Mapping[int, float]],
     allocated: Mapping[str, Mapping[int, float]],
-    *,
-    size_label: str = "rows on each side (b = n)",
 ) -> "matplotlib.figure.Figure":
     """Time and allocated bytes against size, one line a method, {method: {size: value}}; both axes are logarithmic."""
     figure = blank(7.5, 2.8)
@@ -34,7 +32,7 @@ def cost_curve(
         _draw_curves(
             ax, {name: {size: value * factor for size, value in curve.items()} for name, curve in curves.items()}
         )
-        ax.set(xlabel=size_label, ylabel=label)
+        ax.set(xlabel="rows on each side (b = n)", ylabel=label)
     return figure
 
 
