@@ -145,9 +145,11 @@ def narrow_teacher(teacher: Encoder, directions: Float[Tensor, "d e"]) -> Encode
         onto.linear.weight.zero_()  # what the teacher itself cuts off
         onto.linear.weight[:, : directions.shape[1]] = directions
     whole = [layer for layer in teacher.head if not isinstance(layer, Truncate)]
-    parts = vars(teacher.parts()) | {"head": [*whole, onto.to(teacher.device), Normalize()]}
+    added = [onto.to(teacher.device).train(teacher.training), Normalize().train(teacher.training)]
+    parts = vars(teacher.parts()) | {"head": [*whole, *added]}
     cut = Encoder(**parts, compute_dtype=teacher.compute_dtype, name=teacher.name, commit=teacher.commit)
-    return cut.train(teacher.training)
+    cut.training = cut.head.training = teacher.training  # its parts, which are the teacher's, keep their own modes
+    return cut
 
 
 def keeps(vectors: Float[Tensor, "n e"], directions: Float[Tensor, "d e"]) -> Kept:
