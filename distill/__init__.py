@@ -9,31 +9,66 @@ t tokens · d student width · e teacher width · c classes · p proxies.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill import data, docstrings, embed, export, heads, hub, losses, metrics, similarity, students
+    from distill.data import load_texts
+    from distill.encoder import Encoder
+    from distill.evaluation import EvaluationData, evaluate
+    from distill.heads import CosineLinear, Projection
+    from distill.similarity import cosine_similarity_matrix
+    from distill.store import Store
+    from distill.training import TrainConfig, train
 
 __version__ = "0.1.0"
 
-_NAMES = {
-    "cosine_similarity_matrix": "similarity",
+__all__ = [
+    "CosineLinear",
+    "Encoder",
+    "EvaluationData",
+    "Projection",
+    "Store",
+    "TrainConfig",
+    "cosine_similarity_matrix",
+    "data",
+    "docstrings",
+    "embed",
+    "evaluate",
+    "export",
+    "heads",
+    "hub",
+    "load_texts",
+    "losses",
+    "metrics",
+    "similarity",
+    "students",
+    "train",
+]
+# Where a name stands; the others are modules.
+_HOMES = {
     "CosineLinear": "heads",
-    "Projection": "heads",
     "Encoder": "encoder",
-    "load_texts": "data",
+    "EvaluationData": "evaluation",
+    "Projection": "heads",
     "Store": "store",
     "TrainConfig": "training",
-    "train": "training",
+    "cosine_similarity_matrix": "similarity",
     "evaluate": "evaluation",
-    "EvaluationData": "evaluation",
+    "load_texts": "data",
+    "train": "training",
 }
-_MODULES = ("losses", "similarity", "heads", "metrics", "students", "data", "docstrings", "embed", "export", "hub")
 
-__all__ = [*_NAMES, *_MODULES]
+if not TYPE_CHECKING:  # a type checker would take any name for one that this finds
+
+    def __getattr__(name: str) -> Any:
+        """Import on first use: the losses alone need neither transformers nor datasets."""
+        if name in _HOMES:
+            return getattr(importlib.import_module(f"distill.{_HOMES[name]}"), name)
+        if name in __all__:
+            return importlib.import_module(f"distill.{name}")
+        raise AttributeError(f"module 'distill' has no attribute {name!r}")
 
 
-def __getattr__(name: str) -> Any:
-    """Import on first use: the losses alone need neither transformers nor datasets."""
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"distill.{_NAMES[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"distill.{name}")
-    raise AttributeError(f"module 'distill' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+MOST_ROUNDS = 500  # of turning each space once; a round that gains nothing ends it before
+
 
 def principal_directions(moments: Float[Tensor, "e e"], components: int) -> Float[Tensor, "e k"]:
     """The eigenvectors of moments with the largest eigenvalues, each with its largest entry positive."""
@@ -30,7 +32,6 @@ def generalised_procrustes(
     weights: Sequence[float],
     *,
     tolerance: float = 1e-8,
-    most_rounds: int = 500,
 ) -> list[Float[Tensor, "_ e"]]:
     """A map (width, e) for each teacher that turns its rows onto all the others', the first one's being the identity.
 
@@ -43,7 +44,7 @@ def generalised_procrustes(
     pull = [weights[0] or 1.0, *weights[1:]]  # the first is what others are turned to, even if it does not count
     maps = [torch.eye(widths[0], dtype=torch.float64), *(nearest_rotation(row[0]) for row in blocks[1:])]
     before = -math.inf
-    for _ in range(most_rounds):
+    for _ in range(MOST_ROUNDS):
         for s in range(1, len(maps)):
             others = [t for t in range(len(maps)) if t != s and pull[t]]
             maps[s] = nearest_rotation(torch.stack([pull[t] * blocks[s][t] @ maps[t] for t in others]).sum(0))

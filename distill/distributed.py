@@ -226,7 +226,3 @@ def finish() -> None:
 def hides_bars() -> bool | None:
     """tqdm's `disable`: None, a bar on a terminal only, on the main process; True on the others."""
     return None if is_main() else True
-
-
-def concatenate(parts: Sequence[list[Any]]) -> list[Any]:
-    return [item for part in parts for item in part]

@@ -23,6 +23,7 @@ from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone, Tru
 
 WINDOW = 16_384  # texts that are sorted by length together; the more, the less padding
 ComputeDtype = Literal["float32", "bfloat16"]
+Texts = Sequence[str] | Mapping[str, Sequence[str]]  # alone, or by role: {"query": [...], "document": [...]}
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Encoder(nn.Module):
         )
         prompt, starts = self.prompt(role), range(0, len(texts), WINDOW)
         windows = ((start, self.tokenize(texts[start : start + WINDOW], prompt=prompt).tokens) for start in starts)
-        with _eval_mode(self), bar:
+        with eval_mode(self), bar:
             for start, window in ahead(windows) if len(starts) > 1 else windows:
                 for index, tokens in window.grouped(8192):
                     vectors[start + index] = self.compute(tokens).cpu()
@@ -186,7 +187,7 @@ class Encoder(nn.Module):
     def encode_vocabulary(self) -> Float[Tensor, "v width"]:
         """The vector of each token of the vocabulary, alone between the special tokens. Cost: one short text a token."""
         self.require_transformer()
-        with _eval_mode(self):
+        with eval_mode(self):
             ids = torch.arange(len(self.tokenizer)).split(512)
             parts = [
                 self.compute(self.single_tokens(part.tolist())).cpu()
@@ -252,6 +253,16 @@ def distinct(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
+def texts_by_role(texts: Texts) -> list[tuple[str | None, Sequence[str]]]:
+    """Texts with their role, in their order; texts alone have none."""
+    roles: list[tuple[str | None, Sequence[str]]] = (
+        list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
+    )
+    for _, some in roles:
+        refuse_one_text(some)
+    return roles
+
+
 def refuse_one_text(texts: Sequence[str]) -> None:
     """A str is a sequence of texts, too: its letters."""
     if isinstance(texts, str):
@@ -259,7 +270,7 @@ def refuse_one_text(texts: Sequence[str]) -> None:
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode, and each part's own mode again afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()

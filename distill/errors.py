@@ -8,6 +8,9 @@ import errno
 import sys
 from collections.abc import Callable
 
+FULL = {errno.ENOSPC, errno.EDQUOT}
+OF_THE_DISK = FULL | {errno.EACCES, errno.EPERM, errno.EROFS}
+
 
 class DistillError(Exception):
     """Base of the errors that a recipe reports in one message, without a traceback."""
@@ -68,9 +71,18 @@ class Stopped(BaseException):
 def explained(error: OSError) -> str:
     """What the system said, and of which file."""
     reason = error.strerror or str(error)
-    if error.errno == errno.ENOSPC:
+    if error.errno in FULL:
         reason += "; free some space there"
     return f"{error.filename}: {reason}." if error.filename else f"{reason}."
+
+
+def disk_reason(error: OSError) -> str:
+    """Why something cannot be written, as part of a sentence."""
+    if error.errno in FULL:
+        return f"the disk is full ({error.strerror})"
+    if error.errno in OF_THE_DISK:
+        return f"no permission to write ({error.filename or error.strerror})"
+    return str(error)
 
 
 def reported(main: Callable[[], int]) -> int:

@@ -24,15 +24,8 @@ from filelock import FileLock
 from distill.errors import ResourceError
 from distill.files import write_json
 from distill.hub_errors import explain, few, is_unknown, reason
-from distill.model_files import check_files, check_folder, missing_files
-from distill.packages import (
-    PACKAGES,
-    UNWANTED,
-    WANTED,
-    is_installed,
-    is_wanted,
-    package_folder,
-)
+from distill.model_files import UNWANTED, WANTED, check_files, check_folder, is_wanted, missing_files
+from distill.packages import PACKAGES, is_installed, package_folder
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
-from distill.packages import DISK_ERRORS, PACKAGES, disk_reason
+from distill.errors import OF_THE_DISK, disk_reason
+from distill.packages import PACKAGES
 
 
 def is_unknown(error: Exception) -> bool:
@@ -55,7 +56,7 @@ def reason(error: Exception | None, access: Literal["read", "write"] = "read") -
         )
     if isinstance(error, HfHubHTTPError):
         return _status_reason(error.response.status_code, endpoint, access)
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
         return f"{disk_reason(error)}; point HF_HOME and DISTILL_HOME to a folder with room that you may write"
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"{endpoint} did not answer in time (is there a network, a proxy to set, a mirror for HF_ENDPOINT?)"

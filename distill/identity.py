@@ -18,7 +18,7 @@ from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.encoder import Encoder
+from distill.encoder import Encoder, eval_mode
 from distill.errors import IntegrityError
 from distill.store import GOOD, Store, compression, shards
 from distill.store.vectors import differing_fields
@@ -79,11 +79,8 @@ def computing_tokens(teacher: Encoder) -> Compute:
 
     @torch.inference_mode()
     def compute(numbers: list[int]) -> Float[Tensor, "n e"]:
-        was = teacher.training
-        try:
-            return teacher.eval().compute(teacher.single_tokens(numbers)).cpu()
-        finally:
-            teacher.train(was)
+        with eval_mode(teacher):
+            return teacher.compute(teacher.single_tokens(numbers)).cpu()
 
     return compute
 

@@ -1,13 +1,16 @@
 """Which files a model folder has to hold, and which it must not."""
 
+import fnmatch
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from distill.errors import ResourceError
-from distill.packages import matches
 
+# What a model folder needs, and what is never fetched even where a name matches.
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.md"]
+UNWANTED = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py"]
 PICKLED = re.compile(r"(pytorch_model|model)[^/]*\.(bin|pt|pth|ckpt|pkl)$")
 
 
@@ -25,7 +28,7 @@ def check_files(files: Sequence[str], *, where: str) -> None:
         )
     safe = {str(PurePosixPath(file).parent) for file in files if file.endswith(".safetensors")}
     for file in files:
-        if PICKLED.fullmatch(PurePosixPath(file).name) and not matches(file, ["onnx/*", "openvino/*"]):
+        if PICKLED.fullmatch(PurePosixPath(file).name) and not _matches(file, ["onnx/*", "openvino/*"]):
             if str(PurePosixPath(file).parent) in safe:
                 continue
             raise ResourceError(
@@ -35,10 +38,19 @@ def check_files(files: Sequence[str], *, where: str) -> None:
             )
 
 
+def is_wanted(path: str) -> bool:
+    """Whether a model folder needs a file, by its path in there."""
+    return _matches(path, WANTED) and not _matches(path, UNWANTED)
+
+
 def missing_files(folder: Path, listed: Sequence[str] | None) -> list[str]:
     """Which of the listed files a folder lacks; without a list, which of those that its own files call for."""
     here = _files(folder)
     return [file for file in listed or _called_for(folder, here) if file not in here]
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def _files(folder: Path) -> set[str]:

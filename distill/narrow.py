@@ -8,7 +8,7 @@ index is the teacher's own, turned and cut: no text is embedded again.
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill import distributed, files, metrics
-from distill.encoder import Encoder
+from distill.embed.taking import read_array
+from distill.encoder import Encoder, Texts, texts_by_role
 from distill.errors import DataError, IntegrityError, RecipeError, reported
 from distill.identity import recognize
 from distill.modules import Dense, Normalize, Truncate
-from distill.similarity import cosine_similarity_matrix, normalize
+from distill.similarity import cosine_similarity_matrix, normalize, usable_rows
 from distill.space import Kept, Space
 from distill.store import Rows, Store
 from distill.store.compression import principal_directions, spread
@@ -33,8 +34,6 @@ from distill.store.shards import SHARD_ROWS
 NAME = "rotation.safetensors"
 BATCH = 4096
 MEASURED_ROWS = 2000
-
-Texts = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def narrow(teacher: Encoder, store: Store, texts: Texts, width: int) -> Space:
@@ -104,9 +103,11 @@ def narrow_teacher(teacher: Encoder, directions: Float[Tensor, "d e"]) -> Encode
         onto.linear.weight.zero_()  # what the teacher itself cuts off
         onto.linear.weight[:, : directions.shape[1]] = directions
     whole = [layer for layer in teacher.head if not isinstance(layer, Truncate)]
-    parts = vars(teacher.parts()) | {"head": [*whole, onto.to(teacher.device), Normalize()]}
+    added = [onto.to(teacher.device).train(teacher.training), Normalize().train(teacher.training)]
+    parts = vars(teacher.parts()) | {"head": [*whole, *added]}
     cut = Encoder(**parts, compute_dtype=teacher.compute_dtype, name=teacher.name, commit=teacher.commit)
-    return cut.train(teacher.training)
+    cut.training = cut.head.training = teacher.training  # its parts, which are the teacher's, keep their own modes
+    return cut
 
 
 def keeps(vectors: Float[Tensor, "n e"], directions: Float[Tensor, "d e"]) -> Kept:
@@ -146,31 +147,27 @@ def read_directions(path: Path, width: int | None = None) -> Float[Tensor, "d e"
 
 
 def _fit(teacher: Encoder, store: Store, texts: Texts, path: Path) -> None:
-    write_directions(
-        path, principal(_usable(store.vectors(part, prompt=prompt)) for part, prompt in _parts(teacher, texts))
-    )
+    parts = (store.vectors(part, prompt=prompt) for part, prompt in _parts(teacher, texts))
+    write_directions(path, principal(vectors[usable_rows(vectors)] for vectors in parts))
 
 
 def _parts(teacher: Encoder, texts: Texts) -> Iterator[tuple[Sequence[str], str]]:
     """Some texts, and the prompt of their role."""
-    for role, some in texts.items() if isinstance(texts, Mapping) else [(None, texts)]:
+    for role, some in texts_by_role(texts):
         for start in range(0, len(some), BATCH):
             yield some[start : start + BATCH], teacher.prompt(role)
 
 
-def _usable(vectors: Float[Tensor, "n e"]) -> Float[Tensor, "k e"]:
-    return vectors[vectors.isfinite().all(dim=1) & vectors.any(dim=1)]
-
-
 def _sample(teacher: Encoder, store: Store, texts: Texts) -> Float[Tensor, "n e"]:
     """Vectors of at most 2,000 texts, evenly spaced."""
-    roles = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
+    roles = texts_by_role(texts)
     everything = [(text, role) for role, some in roles for text in some]
     chosen = [everything[number] for number in spread(len(everything), MEASURED_ROWS)]
     rows = [
         store.vectors([text for text, role in chosen if role == one], prompt=teacher.prompt(one)) for one, _ in roles
     ]
-    return _usable(torch.cat(rows))
+    sample = torch.cat(rows)
+    return sample[usable_rows(sample)]
 
 
 def _turn_store(store: Store, cut: Encoder, directions: Float[Tensor, "d e"], path: Path) -> None:
@@ -214,7 +211,11 @@ def _turn_index(options: argparse.Namespace) -> int:
 
 def turn_file(vectors: Path, directions: Float[Tensor, "d e"], output: Path) -> tuple[int, int]:
     """Turn a .npy file into another, 4,096 rows at a time; rows and width of what was written."""
-    source = _read_array(vectors, directions.shape[1])
+    source, width = read_array(vectors), directions.shape[1]
+    if source.ndim != 2 or source.shape[1] != width:
+        raise DataError(
+            f"{vectors} holds {source.shape}, expected (rows, {width}): the width of the teacher that was turned."
+        )
     shape = (len(source), len(directions))
     with files.published_file(output) as temporary:
         target = np.lib.format.open_memmap(temporary, mode="w+", dtype=source.dtype, shape=shape)
@@ -223,16 +224,6 @@ def turn_file(vectors: Path, directions: Float[Tensor, "d e"], output: Path) -> 
             target[start : start + BATCH] = turn(rows, directions).numpy()
         target.flush()
     return shape
-
-
-def _read_array(path: Path, width: int) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not an array that can be read: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] != width:
-        raise DataError(f"{path} is no floating point array (rows, {width}), the width of the teacher that was turned.")
-    return array
 
 
 if __name__ == "__main__":

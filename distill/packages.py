@@ -21,15 +21,11 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock
 
-from distill.errors import IntegrityError, ResourceError
+from distill.errors import IntegrityError, ResourceError, disk_reason
 from distill.files import published_folder, sha256
+from distill.model_files import is_wanted
 
 log = logging.getLogger(__name__)
-
-# What a model folder needs, and what is never fetched even where a name matches.
-WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.md"]
-UNWANTED = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py"]
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,20 +199,3 @@ class _Joined(io.RawIOBase):
         for file in self._files:
             file.close()
         super().close()
-
-
-def is_wanted(path: str) -> bool:
-    """Whether a model folder needs a file, by its path in there."""
-    return matches(path, WANTED) and not matches(path, UNWANTED)
-
-
-def matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def disk_reason(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.strerror})"
-    if error.errno in DISK_ERRORS:
-        return f"no permission to write ({error.filename or error.strerror})"
-    return str(error)

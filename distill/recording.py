@@ -12,6 +12,7 @@ from distill import distributed, files
 from distill.errors import IntegrityError, RecipeError, ResourceError, explained
 from distill.export import this_command
 from distill.folder import refuse_other_files
+from distill.page import REPORT
 from distill.tables.sources import without_revision
 from distill.training.checkpoint import RECIPE
 
@@ -44,7 +45,7 @@ def record(recipe: Any, output: Path) -> None:
 
 def _record(recipe: Any, output: Path) -> None:
     value = {"command": this_command(), "recipe": json.loads(json.dumps(asdict(recipe), default=str))}
-    path, beside = output / "recipe.json", output / "checkpoints" / RECIPE
+    path, beside = output / RECIPE, output / "checkpoints" / RECIPE
     try:
         refuse_other_files(output / "student")
         refuse_other_files(output / "head", "head")
@@ -64,7 +65,7 @@ def _record(recipe: Any, output: Path) -> None:
             # What the checkpoints were begun with, should this run fail before it trains.
             with files.published_file(beside) as temporary:
                 temporary.write_bytes(path.read_bytes())
-        for name in ("recipe.json", "report.json", "non-finite.json"):
+        for name in (RECIPE, REPORT, "non-finite.json"):
             files.remove_unfinished(output, name)
         files.write_json(path, value)
         (output / "non-finite.json").unlink(missing_ok=True)

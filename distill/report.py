@@ -21,6 +21,7 @@ from distill.evaluation import INDEX, MIXED, START, STUDENT, Scores, closeup_jso
 from distill.export import Provenance, export, usage
 from distill.gates import Gate, Verdict, enforce, judge
 from distill.metrics import Interval
+from distill.page.words import size_and_speed
 from distill.students.summary import stored_bytes
 from distill.training import Run
 
@@ -60,17 +61,6 @@ def summary(run: Run, scores: Scores) -> str:
     return "\n".join(lines)
 
 
-def retention(scores: Scores, system: str) -> dict[str, float]:
-    """The share of each of the teacher's scores that a system keeps."""
-    teacher, row = scores.table["teacher"], scores.table.get(system, {})
-    shares = {
-        metric: row[metric].interval.value / score.interval.value
-        for metric, score in teacher.items()
-        if metric in row and score.interval.value > 0
-    }
-    return {metric: share for metric, share in shares.items() if math.isfinite(share)}
-
-
 def gains(scores: Scores) -> dict[str, Interval]:
     """What training added to each score of the table that is compared row by row, with its paired interval."""
     table = scores.table.get(STUDENT, {})
@@ -78,7 +68,7 @@ def gains(scores: Scores) -> dict[str, Interval]:
 
 
 def _shares(scores: Scores, system: str) -> list[str]:
-    return [f"{metric} {share:.1%}" for metric, share in retention(scores, system).items()]
+    return [f"{metric} {share.value:.1%}" for metric, share in scores.kept(system).items()]
 
 
 def _further(scores: Scores) -> list[str]:
@@ -89,11 +79,10 @@ def _further(scores: Scores) -> list[str]:
 
 
 def _ratios(scores: Scores) -> list[str]:
-    teacher, student = scores.speeds.get("teacher"), scores.speeds.get(STUDENT)
-    if teacher is None or student is None:
+    ratios = size_and_speed(scores.speeds, STUDENT)
+    if ratios is None:
         return []
-    smaller = teacher["parameters"] / student["parameters"]
-    faster = student["texts_per_second"] / max(teacher["texts_per_second"], 1e-9)
+    smaller, faster = ratios
     return [f"{smaller:,.1f}x fewer parameters", f"{faster:,.1f}x the texts/s on {distributed.device().type}"]
 
 

@@ -21,7 +21,7 @@ TEXT_OBJECT = 57  # bytes of a Python text beside its characters, and of its pla
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Workload:
     """A corpus, a teacher, a student and its steps. Parameters are those that every token goes through: not the token table."""
 
     texts: float = 1e9
@@ -53,53 +53,58 @@ class Cluster:
         return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}"
 
 
-def estimate(job: Job, cluster: Cluster) -> dict[str, str]:
+def estimate(workload: Workload, cluster: Cluster) -> dict[str, str]:
     """Each thing that a run needs, in words."""
-    vectors = job.texts * (Format.parse(job.store_as).row_bytes(job.width) + 21)
-    host = job.texts * (STORE_ROW + INDEX_ROW + RUN_ROW + 4 * job.tokens + TEXT_OBJECT + job.characters)
-    steps = math.ceil(job.texts / job.batch)
-    once, parts = 2 * job.teacher_parameters * job.tokens * job.texts / cluster.flops / cluster.gpus, step(job, cluster)
-    trained = 4 * job.student_parameters
+    vectors = workload.texts * (Format.parse(workload.store_as).row_bytes(workload.width) + 21)
+    host = workload.texts * (STORE_ROW + INDEX_ROW + RUN_ROW + 4 * workload.tokens + TEXT_OBJECT + workload.characters)
+    steps = math.ceil(workload.texts / workload.batch)
+    once, parts = (
+        2 * workload.teacher_parameters * workload.tokens * workload.texts / cluster.flops / cluster.gpus,
+        step(workload, cluster),
+    )
+    trained = 4 * workload.student_parameters
     return {
-        "teacher vectors on disk": f"{size(vectors)} in {math.ceil(job.texts / SHARD_ROWS):,} shards",
+        "teacher vectors on disk": f"{size(vectors)} in {math.ceil(workload.texts / SHARD_ROWS):,} shards",
         "written by each process": f"{size(vectors / cluster.gpus)}, {size(vectors / cluster.gpus / once)}/s",
         "the teacher, once": time(once),
         "host memory of each process": size(host),
-        "a pass over the texts": f"{steps:,} steps of {job.batch:,}",
+        "a pass over the texts": f"{steps:,} steps of {workload.batch:,}",
         "a step: student, forward and backward": milliseconds(parts["student"]),
         "a step: the loss's products": milliseconds(parts["loss"]),
         f"a step: all-reduce of gradients, {size(trained)}": milliseconds(parts["gradients"]),
-        f"a step: all-gather of teacher rows, {size(4.0 * job.batch * job.width)}": milliseconds(parts["rows"]),
-        "a step: read by each process": f"{job.batch // cluster.gpus + job.bank:,} rows, {size(read(job, cluster))}",
+        f"a step: all-gather of teacher rows, {size(4.0 * workload.batch * workload.width)}": milliseconds(
+            parts["rows"]
+        ),
+        "a step: read by each process": f"{workload.batch // cluster.gpus + workload.bank:,} rows, {size(read(workload, cluster))}",
         "a pass, nothing overlapped": time(steps * sum(parts.values())),
-        "reading for that": f"{size(read(job, cluster) / sum(parts.values()))}/s a process",
-        "a checkpoint": size(4 * job.student_table + 3 * trained),
+        "reading for that": f"{size(read(workload, cluster) / sum(parts.values()))}/s a process",
+        "a checkpoint": size(4 * workload.student_table + 3 * trained),
     }
 
 
-def step(job: Job, cluster: Cluster) -> dict[str, float]:
+def step(workload: Workload, cluster: Cluster) -> dict[str, float]:
     """Seconds of the parts of a step. A ring moves 2 (n - 1) / n of what is reduced, and half of that of what is gathered.
 
     The table is not trained: no gradient of it is computed or sent. Of a contrastive or KL term over student x (teacher and
     bank) 3 products are counted, of this process's rows.
     """
-    mine, ring = job.batch / cluster.gpus, (cluster.gpus - 1) / cluster.gpus
+    mine, ring = workload.batch / cluster.gpus, (cluster.gpus - 1) / cluster.gpus
     return {
-        "student": 6 * job.student_parameters * job.tokens * mine / cluster.flops,
-        "loss": 3 * 2 * mine * (job.batch + job.bank) * job.width / cluster.flops,
-        "gradients": 2 * ring * 4 * job.student_parameters / cluster.link,
-        "rows": ring * 4 * job.batch * job.width / cluster.link,
+        "student": 6 * workload.student_parameters * workload.tokens * mine / cluster.flops,
+        "loss": 3 * 2 * mine * (workload.batch + workload.bank) * workload.width / cluster.flops,
+        "gradients": 2 * ring * 4 * workload.student_parameters / cluster.link,
+        "rows": ring * 4 * workload.batch * workload.width / cluster.link,
     }
 
 
-def read(job: Job, cluster: Cluster) -> float:
+def read(workload: Workload, cluster: Cluster) -> float:
     """Bytes of stored vectors a step of a process: its share of the batch, and the bank, which is the same everywhere."""
-    return (job.batch / cluster.gpus + job.bank) * Format.parse(job.store_as).row_bytes(job.width)
+    return (workload.batch / cluster.gpus + workload.bank) * Format.parse(workload.store_as).row_bytes(workload.width)
 
 
-def table(job: Job, clusters: Sequence[Cluster]) -> str:
+def table(workload: Workload, clusters: Sequence[Cluster]) -> str:
     """In Markdown, a column for each cluster. What a row says in all of them is said once."""
-    columns = [estimate(job, cluster) for cluster in clusters]
+    columns = [estimate(workload, cluster) for cluster in clusters]
     lines = [["", *(cluster.name for cluster in clusters)], ["---"] * (1 + len(clusters))]
     lines += [[name, *(column[name] for column in columns)] for name in columns[0]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -122,14 +127,16 @@ def milliseconds(seconds: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    job = Job()
+    workload = Workload()
     parser = argparse.ArgumentParser(prog="python -m distill.scaling", description=(__doc__ or "").partition("\n")[0])
     for name, kind in (("texts", float), ("tokens", float), ("characters", float), ("batch", int), ("bank", int)):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(job, name), help="%(default)g")
+        parser.add_argument(f"--{name}", type=kind, default=getattr(workload, name), help="%(default)g")
     for name in ("teacher_parameters", "student_parameters", "student_table"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(job, name), help="%(default)g")
-    parser.add_argument("--width", type=int, default=job.width, help="of the teacher's vectors; %(default)d")
-    parser.add_argument("--store-as", default=job.store_as, help="float16, int8, pca-K, pca-K-int8; %(default)s")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=float, default=getattr(workload, name), help="%(default)g"
+        )
+    parser.add_argument("--width", type=int, default=workload.width, help="of the teacher's vectors; %(default)d")
+    parser.add_argument("--store-as", default=workload.store_as, help="float16, int8, pca-K, pca-K-int8; %(default)s")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--flops", type=float, default=3e14, help="that a GPU reaches; %(default)g")
     parser.add_argument(
@@ -143,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         parser.error("numbers are above 0, and --links are as many as --gpus")
     clusters = [Cluster(gpus=count, flops=flops, link=link) for count, link in zip(gpus, links, strict=True)]
-    print(table(Job(**given), clusters))
+    print(table(Workload(**given), clusters))
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -124,6 +124,17 @@ def _check_search(queries: Tensor, corpus: Tensor, k: int, exclude_self: bool) -
         raise ValueError("top_k_neighbours got vectors with NaN or infinite entries: they have no order. Remove them.")
 
 
+def usable_rows(vectors: Float[Tensor, "n e"]) -> Bool[Tensor, " n"]:
+    """Rows that are finite and not zero."""
+    return vectors.isfinite().all(dim=1) & vectors.any(dim=1)
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Numbers of at most `most` of `count` rows, evenly spaced: sorted ones are sampled from end to end."""
+    chosen = min(count, most)
+    return [place * count // chosen for place in range(chosen)]
+
+
 def check_widths(caller: str, student: Tensor, other: Tensor, role: str = "teacher") -> None:
     """Two matrices of one width, or a message that shows both and the way out."""
     _check_matrix(caller, student, "student")
@@ -131,8 +142,9 @@ def check_widths(caller: str, student: Tensor, other: Tensor, role: str = "teach
     if student.shape[-1] != other.shape[-1]:
         raise ValueError(
             f"{caller} compares vectors of one width, got student {tuple(student.shape)} and {role} "
-            f"{tuple(other.shape)}. Give the student a Projection to width {other.shape[-1]}, or use gram_mse or "
-            f"gram_kl, which allow different widths."
+            f"{tuple(other.shape)}. Lead the student to width {other.shape[-1]}: an Encoder by students.lead_to(encoder, "
+            f"{other.shape[-1]}), vectors in a loop of your own by torch.nn.Linear({student.shape[-1]}, {other.shape[-1]}). Or "
+            "use gram_mse or gram_kl, which allow different widths."
         )
 
 

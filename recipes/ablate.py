@@ -19,13 +19,13 @@ from distill.data import load_texts
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.evaluation import Scores, evaluate
+from distill.evaluation import INDEX, Scores, evaluate
 from distill.export import this_command
 from distill.metrics import Interval
 from distill.store import Store
 from distill.training import Run, TrainConfig, match, train
 
-BASE, INDEX = "as given", " -> teacher's index"
+BASE = "as given"
 # Flags that every variant shares: the texts, the teacher and what is measured.
 SHARED = ("data", "column", "limit", "held_out", "seeds", "store", "output", "teacher", "evaluation", "variants")
 

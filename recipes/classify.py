@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from distill import cli, distributed, files
+from distill import cli, distributed, files, runlog
 from distill.classes import shots
 from distill.config import TeacherConfig
 from distill.data import Labelled, load_labelled
@@ -32,6 +32,7 @@ from distill.export import Provenance, export, this_command
 from distill.head_folder import save_head
 from distill.heads import CosineLinear, classification_loss, parameter_groups
 from distill.metrics import bootstrap_interval
+from distill.page import REPORT
 from distill.similarity import pairwise_cosine
 from distill.training import NO_LABEL, LabelConfig, LabelledTexts, LabelTraining
 
@@ -102,10 +103,10 @@ def main(recipe: Recipe) -> None:
         "sigma": sigma,
     }
     distributed.main_first(partial(save_head, head, recipe.output / "head", names=data.names))
-    distributed.main_first(partial(files.write_json, recipe.output / "report.json", report | more))
+    distributed.main_first(partial(files.write_json, recipe.output / REPORT, report | more))
     cli.say(
         f"accuracy {accuracy} (95 % interval) on {len(right):,} texts of {len(data.names)} classes, trained on {len(chosen):,}; "
-        f"sigma {sigma:.1f}; written to {recipe.output / 'report.json'}"
+        f"sigma {sigma:.1f}; written to {recipe.output / REPORT}"
     )
 
 
@@ -168,7 +169,7 @@ def label_rows(data: Labelled, chosen: list[int]) -> list[int]:
 
 def write(output: Path, encoder: Encoder, provenance: Provenance, steps: list[dict[str, Any]]) -> None:
     export(encoder, output / "student", provenance=provenance)
-    with files.published_file(output / "metrics.jsonl") as temporary:
+    with files.published_file(output / runlog.NAME) as temporary:
         temporary.write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
 
 

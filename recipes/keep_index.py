@@ -28,7 +28,7 @@ from distill.config import (
 from distill.data import load_texts
 from distill.embed import embed
 from distill.errors import RecipeError
-from distill.evaluation import MIXED, STUDENT, evaluate
+from distill.evaluation import MIXED, START, STUDENT, evaluate
 from distill.export import Provenance
 from distill.gates import OF_A_RUN, Gate, read_gates
 from distill.losses import CosineDistance, CrossContrastive, WeightedSum
@@ -114,8 +114,8 @@ def main(recipe: Recipe) -> None:
     start = copy.deepcopy(student)
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
 
-    systems = {"untrained start": start, "student": run.student}
-    scores = evaluate(systems, teacher, data, store=store.path, mixed_index=["student"])
+    systems = {START: start, STUDENT: run.student}
+    scores = evaluate(systems, teacher, data, store=store.path, mixed_index=[STUDENT])
     finish(
         run,
         scores,

@@ -23,7 +23,7 @@ from distill.config import (
 )
 from distill.data import load_texts
 from distill.embed import embed
-from distill.evaluation import evaluate
+from distill.evaluation import START, STUDENT, evaluate
 from distill.export import Provenance
 from distill.gates import Gate, read_gates
 from distill.losses import CosineDistance
@@ -91,7 +91,7 @@ def main(recipe: Recipe) -> None:
     start = copy.deepcopy(student)
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.train, output=recipe.output)
 
-    systems = {"untrained start": start, "student": run.student}
+    systems = {START: start, STUDENT: run.student}
     scores = evaluate(systems, teacher, data, store=space.own.path, several=space.several)
     finish(
         run,

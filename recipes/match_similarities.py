@@ -22,7 +22,7 @@ from distill.config import (
 )
 from distill.data import load_texts
 from distill.embed import embed
-from distill.evaluation import evaluate
+from distill.evaluation import START, STUDENT, evaluate
 from distill.export import Provenance
 from distill.gates import Gate, read_gates
 from distill.planning import plan
@@ -97,7 +97,7 @@ def main(recipe: Recipe) -> None:
     loss = calibrated(recipe, examples, store)
     run = train(student, examples, store, loss.build(store.width), recipe.train, output=recipe.output)
 
-    systems = {"untrained start": start, "student": run.student}
+    systems = {START: start, STUDENT: run.student}
     scores = evaluate(systems, teacher, data, store=space.own.path, several=space.several)
     finish(
         run,

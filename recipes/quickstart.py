@@ -14,7 +14,7 @@ from distill.config import SUITED, StudentConfig, TeacherConfig, describe_start
 from distill.docstrings import docstring_pairs
 from distill.embed import embed
 from distill.errors import RecipeError
-from distill.evaluation import EvaluationData, evaluate, task_scores
+from distill.evaluation import START, STUDENT, EvaluationData, evaluate, task_scores
 from distill.export import Provenance
 from distill.gates import Gate, read_gates
 from distill.losses import CrossContrastive
@@ -82,7 +82,7 @@ def main(recipe: Recipe) -> None:
     start = copy.deepcopy(student)
     run = train(student, match(texts, student, teacher, store), store, loss, recipe.training(), output=recipe.output)
 
-    scores = evaluate({"untrained start": start, "student": run.student}, teacher, data, store=store.path)
+    scores = evaluate({START: start, STUDENT: run.student}, teacher, data, store=store.path)
     provenance = Provenance(teacher=teacher, data=f"docstrings: {learned}", loss=repr(loss))
     finish(run, scores, provenance, gates=recipe.gates())
 

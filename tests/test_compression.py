@@ -35,7 +35,7 @@ from distill.store import (
     write_store,
 )
 from distill.store.__main__ import main
-from distill.store.compression import Codec, Distortion, Format, fit, measure, spread
+from distill.store.compression import Distortion, Format, fit, measure, spread
 
 FINGERPRINT: dict[str, Any] = {"weights": "ab" * 32, "max_length": 64}
 WIDTH = 24
@@ -555,11 +555,13 @@ compress({str(plain.path)!r}, {str(tmp_path / "new")!r}, "int8")
 
 def test_the_fit_is_to_a_sample_of_good_rows(plain: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compression, "FIT_ROWS", 40)
-    found: list[np.ndarray] = []
-    monkeypatch.setattr(compression, "fit", lambda form, given: found.append(given) or Codec(WIDTH))
-    plain.fit(Format("int8"))
-    assert found[0].shape == (40, WIDTH)
-    assert np.isfinite(found[0]).all()
+    good, form = np.flatnonzero(plain.flags == GOOD), Format("int8", 8)
+    sample, every = (fit(form, plain.take(some).numpy()).arrays() for some in (good[np.arange(40) * 90 // 40], good))
+    found = plain.fit(form).arrays()
+    assert found.keys() == {"rotation", "centre", "scale"}
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, sample[name])
+        assert not np.array_equal(array, every[name])
 
 
 def test_the_commands(plain: Store, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

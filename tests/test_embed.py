@@ -183,8 +183,10 @@ def test_a_teacher_whose_vectors_lie_on_one_line_is_refused(
 def test_the_mode_of_the_teacher_does_not_matter(teacher: Encoder, tmp_path: Path) -> None:
     expected = embed(runs.texts(10), teacher, tmp_path / "a").vectors(runs.texts(10))
     teacher.train()
+    teacher.backbone.model.embeddings.eval()
+    modes = [module.training for module in teacher.modules()]
     assert torch.equal(embed(runs.texts(10), teacher, tmp_path / "b").vectors(runs.texts(10)), expected)
-    assert teacher.training
+    assert [module.training for module in teacher.modules()] == modes
 
 
 def test_another_teacher_is_refused(teacher: Encoder, tiny_mpnet: Path, tmp_path: Path) -> None:

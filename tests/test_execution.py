@@ -16,7 +16,7 @@ from distill import students
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.training import TrainConfig, execution
-from distill.training.comparing import compare
+from distill.verify_resume.comparing import compare
 
 
 def layers_of(student: Encoder) -> nn.ModuleList:

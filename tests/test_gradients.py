@@ -17,7 +17,7 @@ from distill.errors import ResourceError
 from distill.modules import StaticTable, Tokens
 from distill.training import gradients
 from distill.training.gradient_cache import backward_in_micro_batches, exchange_gradients
-from distill.training.gradients import Share, StepGradients
+from distill.training.gradients import BatchPart, StepGradients
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "CrossKL": lambda: losses.CrossKL(temperature=0.1),
@@ -152,10 +152,10 @@ def batches(step: int, sizes: list[list[int]]) -> list[tuple[Tokens, Tensor, flo
     return [(*one, sum(each) / total) for one, each in zip(drawn, sizes, strict=True)]
 
 
-def share(tokens: Tokens, teacher: Tensor, weight: float, sizes: list[int]) -> Share:
+def share(tokens: Tokens, teacher: Tensor, weight: float, sizes: list[int]) -> BatchPart:
     rows = part(sizes)
     own = tokens.rows(rows if len(rows) else torch.tensor([0]))
-    return Share(
+    return BatchPart(
         own,
         len(rows),
         max(sizes),

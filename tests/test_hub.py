@@ -19,7 +19,8 @@ from distill import packages
 from distill.errors import IntegrityError, ResourceError
 from distill.files import sha256
 from distill.hub import cache_home, dataset_commit, resolve_model
-from distill.packages import PACKAGES, WeightPackage, assemble, is_wanted
+from distill.model_files import is_wanted
+from distill.packages import PACKAGES, WeightPackage, assemble
 
 FIRST, SECOND = "a" * 40, "b" * 40
 FILES = {

@@ -193,8 +193,12 @@ def test_token_vectors_are_recognized_too(teacher: Encoder, tmp_path: Path, coun
     expected = embed_vocabulary(teacher, tmp_path)
     written_by_another_release(tmp_path)
     counted.clear()
+    teacher.train()
+    teacher.backbone.model.embeddings.eval()
+    modes = [module.training for module in teacher.modules()]
     assert torch.equal(embed_vocabulary(teacher, tmp_path), expected)
     assert sum(counted) == 32
+    assert [module.training for module in teacher.modules()] == modes
 
 
 @pytest.mark.parametrize("equal", [3, [3], ["x"], {"a": 1}])

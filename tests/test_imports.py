@@ -16,6 +16,7 @@ ORDER = [
     "files",
     "ahead",
     "similarity",
+    "alignment",
     "streaming.kernels",  # needs Triton; `engine` imports it when a tile on CUDA comes
     "streaming.engine",
     "streaming.columns",
@@ -43,9 +44,10 @@ ORDER = [
     "metrics.incremental",
     "metrics",
     "distributed",
+    "runlog",
     "losses.sentence_transformers",  # an adapter to a trainer, not an objective: `losses` does not import it
-    "packages",
     "model_files",
+    "packages",
     "hub_errors",
     "hub",
     "quantized",
@@ -81,7 +83,6 @@ ORDER = [
     "classes",
     "docstrings",
     "course",
-    "alignment",
     "store.compression",
     "store.shards",
     "store.rows",
@@ -106,11 +107,9 @@ ORDER = [
     "narrow",
     "training.examples",
     "training.checkpoint",
-    "training.comparing",
     "training.sampling",
     "training.calibration",
     "training.stopping",
-    "training.runlog",
     "training.gradient_cache",
     "training.gradients",
     "training.finite",
@@ -183,7 +182,9 @@ ORDER = [
     "manual",
     "recording",
     "cli",
+    "verify_resume.comparing",
     "verify_resume",
+    "verify_resume.__main__",
 ]
 LIFTABLE = {name for name in ORDER if name.startswith(("losses", "streaming", "metrics"))} | {"similarity", "heads"}
 LIFTABLE -= {"losses.sentence_transformers"}
@@ -235,6 +236,24 @@ def test_the_walk_sees_an_import_from_below(tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
     file.write_text("from distill import losses\ndef f():\n    import distill.cli\n    from torch import nn\n")
     assert list(imports(file, {"losses", "cli"})) == ["distill.losses", "distill.cli", "torch"]
+
+
+def test_the_package_offers_the_same_names_to_programs_to_type_checkers_and_to_completion() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    [checked] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    homes = {alias.name: node.module for node in checked.body for alias in node.names}  # type: ignore[attr-defined]
+    assert sorted(homes) == sorted(distill.__all__)
+    assert set(distill.__all__) <= set(dir(distill))
+    for name, home in homes.items():
+        found = getattr(distill, name)
+        whole = home if home != "distill" else f"distill.{name}"
+        assert found is (sys.modules[whole] if home == "distill" else getattr(sys.modules[whole], name)), name
+    with pytest.raises(AttributeError, match="no attribute 'encode'"):
+        distill.encode  # noqa: B018
+
+
+def test_annotations_are_for_users_too() -> None:
+    assert (ROOT / "py.typed").is_file()
 
 
 def test_importing_prints_nothing_changes_no_seed_and_stays_light() -> None:

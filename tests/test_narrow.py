@@ -265,13 +265,25 @@ def test_the_card_says_that_the_index_is_to_be_turned(teacher: Encoder, store: S
     assert "own vector space" in (plain / "README.md").read_text()
 
 
+def test_the_parts_that_are_the_teachers_keep_their_modes(tiny_bert: Path) -> None:
+    teacher = Encoder.from_pretrained(tiny_bert).train()
+    teacher.backbone.model.embeddings.eval()
+    modes = [part.training for part in teacher.modules()]
+    cut = narrow.narrow_teacher(teacher, torch.eye(teacher.width)[:3])
+    assert [part.training for part in teacher.modules()] == modes
+    assert all(part.training for part in (cut, cut.head, *cut.head))
+    teacher.eval()
+    assert not any(part.training for part in narrow.narrow_teacher(teacher, torch.eye(teacher.width)[:3]).modules())
+
+
 def test_an_index_of_another_width_or_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     narrow.write_directions(tmp_path / narrow.NAME, torch.eye(8)[:3])
     for array in (np.zeros((4, 7), np.float32), np.zeros((4, 8), np.int64), np.zeros(8, np.float32)):
         np.save(tmp_path / "index.npy", array)
         arguments = [str(tmp_path), "--vectors", str(tmp_path / "index.npy"), "--output", str(tmp_path / "out.npy")]
         assert narrow.main(arguments) == DataError.exit_code
-        assert "(rows, 8)" in capsys.readouterr().err
+        expected = "expected (rows, 8)" if array.dtype == np.float32 else "no floating point array"
+        assert expected in capsys.readouterr().err
     np.save(tmp_path / "index.npy", np.zeros((0, 8), np.float16))
     assert narrow.main(arguments) == 0
     assert np.load(tmp_path / "out.npy").shape == (0, 3)

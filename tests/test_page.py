@@ -222,11 +222,29 @@ def test_report_json_keeps_its_keys_and_the_export_has_no_text_of_it(run: Path, 
 
 
 @pytest.mark.parametrize(
-    "left_out", ["scores", "fidelity", "closeup", "speed", "retention_intervals", "student", "training", "gains"]
+    ("left_out", "gone"),
+    [
+        ("scores", "student → mixed index docs ndcg@10"),
+        ("fidelity", "How near it is to the teacher"),
+        ("closeup", "The student x teacher matrix"),
+        ("closeup", "Where it is most wrong"),
+        ("speed", "Size and speed"),
+        ("retention_intervals", "{low:.1f}, {high:.1f}"),
+        ("student", "parameters, vectors of width"),
+        ("training", "Training 700 steps"),
+        ("gains", "What training gained"),
+    ],
 )
-def test_a_report_without_a_part_has_a_page_without_its_figures(plain: dict[str, Any], left_out: str) -> None:
+def test_a_report_without_a_part_has_a_page_without_its_figures(
+    plain: dict[str, Any], left_out: str, gone: str
+) -> None:
+    kept = plain["retention_intervals"]["student"]["docs ndcg@10"]
+    gone = gone.format(**{name: 100 * value for name, value in kept.items()})
+    assert gone in check_page(run_page(plain, [], "code")).text()
     del plain[left_out]
-    shown(check_page(run_page(plain, [], "code")))
+    parsed = check_page(run_page(plain, [], "code"))
+    shown(parsed)
+    assert gone not in parsed.text()
 
 
 def test_a_run_of_an_early_release_or_of_nothing_has_a_page(plain: dict[str, Any]) -> None:

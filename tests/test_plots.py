@@ -128,9 +128,9 @@ def test_a_loss_is_drawn_with_its_parts(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_log_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"metrics.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"metrics.jsonl is not there"):
         plots.loss_curve(tmp_path / "metrics.jsonl")
-    with pytest.raises(DataError, match="line 2 is no JSON"):
+    with pytest.raises(DataError, match="line 2 is no step"):
         plots.loss_curve(run_folder(tmp_path, {"step": 1, "loss": 1.0}, "loss 2", {"step": 3, "loss": 1.0}))
     with pytest.raises(DataError, match="no finished step"):
         plots.loss_curve(run_folder(tmp_path, end=""))

@@ -14,7 +14,7 @@ from distill.config import EvaluationConfig
 from distill.data import Retrieval
 from distill.encoder import Encoder
 from distill.evaluation import EvaluationData, Precision, evaluate, quantize, restore
-from distill.evaluation.precisions import calibrate
+from distill.evaluation.precisions import value_ranges
 from distill.metrics import neighbour_overlap
 from distill.similarity import normalize
 
@@ -32,7 +32,7 @@ def test_the_bytes_are_those_of_sentence_transformers(precision: Precision, widt
     expected = quantize_embeddings(these, precision)
     found = quantize(these, precision)
     assert (found.dtype, found.tobytes()) == (expected.dtype, expected.tobytes())
-    ranges = calibrate(others)  # some of `these` lie outside, and are put at the ends
+    ranges = value_ranges(others)  # some of `these` lie outside, and are put at the ends
     expected = quantize_embeddings(these, precision, ranges=ranges.numpy())
     assert quantize(these, precision, ranges).tobytes() == expected.tobytes()
     assert quantize(these, precision, ranges).tobytes() == (
@@ -44,13 +44,13 @@ def test_a_number_that_never_changes_has_no_step() -> None:
     these = vectors()
     these[:, 3] = 0.25
     assert quantize(these, "int8").tobytes() == quantize_embeddings(these, "int8").tobytes()
-    assert (restore(quantize(these, "int8"), "int8", 20, calibrate(these))[:, 3] - 0.25).abs().max() <= 0.5
+    assert (restore(quantize(these, "int8"), "int8", 20, value_ranges(these))[:, 3] - 0.25).abs().max() <= 0.5
 
 
 @pytest.mark.parametrize("precision", ["int8", "uint8"])
 def test_what_comes_back_is_within_half_a_step(precision: Precision) -> None:
     these = vectors()
-    ranges = calibrate(these)
+    ranges = value_ranges(these)
     back = restore(quantize(these, precision, ranges), precision, 20, ranges)
     step = (ranges[1] - ranges[0]) / 255
     assert ((back - these).abs() <= 0.5001 * step + 1e-6)[these < ranges[1]].all()

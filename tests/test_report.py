@@ -95,8 +95,8 @@ def test_every_value_stands_in_its_row_and_column(scores: Scores) -> None:
 def test_a_teacher_score_of_zero_has_no_retention(scores: Scores) -> None:
     zero = torch.zeros(50, dtype=torch.float64)
     scores.table["teacher"]["cacm-docs ndcg@10"] = Score(bootstrap_interval(zero), zero)
-    assert "cacm-docs ndcg@10" not in report.retention(scores, "student")
-    assert report.retention(scores, "nobody") == {}
+    assert "cacm-docs ndcg@10" not in scores.kept("student")
+    assert scores.kept("nobody") == {}
 
 
 def test_without_scores_there_is_still_a_student(run: Run) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distill import scaling
-from distill.scaling import Cluster, Job
+from distill.scaling import Cluster, Workload
 from distill.store import GOOD, Rows, Store, text_keys
 
 
@@ -21,19 +21,19 @@ def test_bytes_a_row_are_those_of_a_store(tmp_path: Path) -> None:
     assert store._index is not None
     assert sum(part.nbytes for part in store._index) == scaling.INDEX_ROW * count
     written = sum(path.stat().st_size for path in tmp_path.glob("rows-*"))
-    found = scaling.estimate(Job(texts=float(count), width=width), Cluster(gpus=1, flops=1e12, link=1e9))
+    found = scaling.estimate(Workload(texts=float(count), width=width), Cluster(gpus=1, flops=1e12, link=1e9))
     assert found["teacher vectors on disk"] == f"{scaling.size(float(store.row_bytes * count))} in 1 shards"
     assert written == pytest.approx(store.row_bytes * count, rel=0.01)
 
 
 def test_a_step_by_hand() -> None:
-    job = Job(texts=1000.0, tokens=10.0, width=4, student_parameters=100.0, batch=8, bank=24)
-    parts = scaling.step(job, Cluster(gpus=4, flops=1000.0, link=100.0))
+    workload = Workload(texts=1000.0, tokens=10.0, width=4, student_parameters=100.0, batch=8, bank=24)
+    parts = scaling.step(workload, Cluster(gpus=4, flops=1000.0, link=100.0))
     assert parts == {"student": 6 * 100 * 10 * 2 / 1000, "loss": 6 * 2 * 32 * 4 / 1000, "gradients": 6.0, "rows": 0.96}
-    alone = scaling.step(job, Cluster(gpus=1, flops=1000.0, link=100.0))
+    alone = scaling.step(workload, Cluster(gpus=1, flops=1000.0, link=100.0))
     assert alone["gradients"] == alone["rows"] == 0
     assert alone["student"] == 4 * parts["student"]
-    assert scaling.read(job, Cluster(gpus=4, flops=1.0, link=1.0)) == 26 * 8
+    assert scaling.read(workload, Cluster(gpus=4, flops=1.0, link=1.0)) == 26 * 8
 
 
 def test_units() -> None:

@@ -120,7 +120,7 @@ def test_shapes_in_signatures_are_checked_in_tests() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_errors_show_what_came_and_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"student \(2, 3\) and teacher \(4, 5\).*Projection to width 5.*gram_kl"):
+    with pytest.raises(ValueError, match=r"student \(2, 3\) and teacher \(4, 5\).*lead_to.*Linear\(3, 5\).*gram_kl"):
         cosine_similarity_matrix(torch.randn(2, 3), torch.randn(4, 5))
     with pytest.raises(ValueError, match=r"rows of vectors.*\(3,\)"):
         cosine_similarity_matrix(torch.randn(3), torch.randn(4, 3))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill import losses
 from distill.losses import rank_hinge, rkd_angle, rkd_distance
+from distill.similarity import evenly_spaced
 from distill.streaming import engine, order, pairs
 
 SIZES = [1, 2, 3, 7, 40]
@@ -174,8 +175,8 @@ def test_gradcheck_with_copies_and_zero_rows_of_the_teacher(loss: Callable, naiv
 
 
 def test_angles_at_evenly_spaced_anchors() -> None:
-    assert pairs.evenly_spaced(2048, 7) == [*range(7)]
-    assert pairs.evenly_spaced(3, 7) == [0, 2, 4]
+    assert evenly_spaced(7, 2048) == [*range(7)]
+    assert evenly_spaced(7, 3) == [0, 2, 4]
     student, teacher = inputs(7)
     for anchors in (1, 3, 7):
         value = rkd_angle(student, teacher, anchors=anchors)

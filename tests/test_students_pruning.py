@@ -119,9 +119,11 @@ def test_with_the_teachers_vectors_a_neuron_that_harms_goes(tiny_bert: Path) -> 
 
 def test_pruning_repeats_and_leaves_no_hook(tiny_bert: Path) -> None:
     student, texts = Encoder.from_pretrained(tiny_bert).train(), phrases(24)
+    student.backbone.model.embeddings.eval()
+    modes = [module.training for module in student.modules()]
     one, two = (students.prune(student, intermediate=8, texts=texts) for _ in range(2))
     assert one.fingerprint() == two.fingerprint()
-    assert student.training
+    assert [module.training for module in student.modules()] == modes
     assert not one.training
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in student.modules())
 

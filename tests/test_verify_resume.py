@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.errors import IntegrityError, RecipeError
-from distill.training.comparing import compare
-from distill.verify_resume import main, training_flags
+from distill.verify_resume.__main__ import main, training_flags
+from distill.verify_resume.comparing import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 MINE = '''

@@ -13,10 +13,11 @@ from distill import distributed, students
 from distill.config.bounds import at_least
 from distill.config.teacher import fetch
 from distill.embed import embed, embed_vocabulary
-from distill.encoder import Encoder
+from distill.encoder import Encoder, texts_by_role
 from distill.errors import RecipeError
 from distill.narrow import narrow, require_narrower
 from distill.quantized import TableFormat
+from distill.similarity import evenly_spaced
 from distill.space import Space
 from distill.store import Store
 
@@ -134,8 +135,7 @@ class StudentConfig:
         teacher's then ends in a layer that is fitted to them.
         """
         own = store if own is None else own
-        by_role = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
-        everything = [text for _, some in by_role for text in some]
+        everything = [text for _, some in texts_by_role(texts) for text in some]
         if self.space not in (None, teacher.width):
             raise RecipeError(
                 f"--student.space {self.space} is for the recipes that enter it before they build the student "
@@ -231,10 +231,6 @@ def _spread(
 ) -> tuple[list[str] | dict[str, list[str]], Tensor]:
     """256 texts at most, spread evenly over those of each role, with the teacher's stored vectors."""
     roles: dict[str, list[str]] = dict(texts) if isinstance(texts, Mapping) else {"": texts}
-    share = 256 // len(roles)
-    some = {
-        role: [part[i * len(part) // share] for i in range(share)] if len(part) > share else part
-        for role, part in roles.items()
-    }
+    some = {role: [part[i] for i in evenly_spaced(len(part), 256 // len(roles))] for role, part in roles.items()}
     vectors = torch.cat([store.vectors(part, prompt=teacher.prompt(role or None)) for role, part in some.items()])
     return some if isinstance(texts, Mapping) else some[""], vectors

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from distill import distributed, files
 from distill.ahead import ahead
-from distill.encoder import Encoder, Tokenized
+from distill.encoder import Encoder, Tokenized, eval_mode
 from distill.errors import ResourceError
 from distill.modules import Reading, Tokens, TransformerBackbone
 from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, packed
@@ -53,17 +53,16 @@ class Job:
     flush_seconds: float
 
     def run(self, path: Path) -> Store:
-        lock, training = FileLock(path / ".lock"), self.teacher.training
-        self.teacher.eval()
+        lock = FileLock(path / ".lock")
         try:
             _begin(path, lock)
             store = Store.open(path)
             wanted = distributed.main_first(partial(self._wanted, store))
             if len(wanted):
-                self._rounds(store, wanted)
+                with eval_mode(self.teacher):
+                    self._rounds(store, wanted)
                 distributed.main_first(partial((path / JOB).unlink, missing_ok=True))
         finally:
-            self.teacher.train(training)
             lock.release()
         return Store.open(path)
 
@@ -125,7 +124,7 @@ class Job:
                 writing = writer.submit(_written, store, computed)
                 computed = []
                 found = distributed.everywhere(partial(self._round, batches, each, bar, computed, writing))
-                records = distributed.concatenate([written for written, _ in found])
+                records = [record for written, _ in found for record in written]
                 if records:
                     distributed.main_first(partial(store.publish, records))
                 new = sum(count for _, count in found)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distill import similarity
 from distill.data import load_texts
 from distill.embed.job import flags_of
 from distill.embed.places import prepare
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, reported
 from distill.identity import computing
+from distill.similarity import pairwise_cosine, usable_rows
 from distill.store import Rows, Store, text_keys
 from distill.store.shards import SHARD_ROWS, Shard
 
@@ -62,12 +62,12 @@ def _refuse_foreign(
     """Compare some of the vectors with what the teacher gives; rows that will be set aside anyway say nothing."""
     sample = np.linspace(0, len(texts) - 1, min(checked, len(texts))).astype(int)
     theirs = torch.from_numpy(vectors[sample].astype(np.float32))
-    usable = theirs.isfinite().all(dim=1) & theirs.any(dim=1)
+    usable = usable_rows(theirs)
     if not usable.any():
         raise DataError(f"none of {len(sample)} vectors that were looked at is finite and not zero.")
     sample, theirs = sample[usable.numpy()], theirs[usable]
     own = teacher.encode([texts[i] for i in sample], role=role)
-    agreement = similarity.pairwise_cosine(own, theirs)
+    agreement = pairwise_cosine(own, theirs)
     if not (agreement >= least_cosine).all():
         worst = int(agreement.nan_to_num(-2).argmin())
         raise IntegrityError(
@@ -102,12 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _take(options: argparse.Namespace) -> int:
     teacher = Encoder.from_pretrained(options.teacher, max_length=options.max_length)
     texts = load_texts(options.texts, column=options.column, unique=False).texts
-    store = import_vectors(texts, _read_array(options.vectors), teacher, options.path, role=options.role)
+    store = import_vectors(texts, read_array(options.vectors), teacher, options.path, role=options.role)
     print(f"{options.path}: {len(store):,} vectors of width {store.width}")
     return 0
 
 
-def _read_array(path: Path) -> np.ndarray:
+def read_array(path: Path) -> np.ndarray:
+    """The floating point numbers of a .npy file, mapped, not read. DataError for any other file."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -38,7 +38,7 @@ def quantize(
     if precision in ("binary", "ubinary"):
         packed = np.packbits(array > 0, axis=-1)
         return packed if precision == "ubinary" else (packed ^ 0x80).view(np.int8)
-    low, step = _steps(calibrate(vectors) if ranges is None else ranges)
+    low, step = _steps(value_ranges(vectors) if ranges is None else ranges)
     placed = np.clip(np.floor((array - low) / step), 0, 255)
     return placed.astype(np.uint8) if precision == "uint8" else (placed - 128).astype(np.int8)
 
@@ -61,7 +61,7 @@ def restore(
     return torch.from_numpy((array.numpy() + (128.5 if precision == "int8" else 0.5)) * step + low)
 
 
-def calibrate(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "2 d"]:
+def value_ranges(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "2 d"]:
     """The lowest and the highest of each number of a vector: the ranges of int8 and uint8."""
     return torch.stack([vectors.amin(dim=0), vectors.amax(dim=0)])
 
@@ -98,11 +98,11 @@ def _stored(
     size = 0
     if len(texts) > K:
         vectors = encode(list(dict.fromkeys(texts)), role=role)
-        found, size = _through(vectors, precision, calibrate(vectors), raw)
+        found, size = _through(vectors, precision, value_ranges(vectors), raw)
         scores[f"overlap@{K} with float32"] = mean_score(metrics.neighbour_overlap(found, vectors, K))
     for name, task in tasks.items():
         documents = encode(task.corpus, role="document")
-        ranges = calibrate(documents)
+        ranges = value_ranges(documents)
         index, size = _through(documents, precision, ranges, raw)
         queries, _ = _through(encode(task.queries, role="query"), precision, ranges, raw)
         ranked = retrieval(queries, index, task, k=K)

@@ -97,10 +97,6 @@ class Scores:
     stored: list[Stored] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
 
-    def difference(self, first: str, second: str, metric: str) -> Interval:
-        """What `first` scores more than `second` on the same rows, with its paired interval."""
-        return self.compare(first, second, metric).interval
-
     def compare(self, first: str, second: str, metric: str) -> Difference:
         """What `first` scores more than `second` on the same rows, with its paired interval and p-value.
 

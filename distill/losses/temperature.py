@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from distill.losses.cross import check_keys
-from distill.similarity import cosine_similarity_matrix
+from distill.similarity import cosine_similarity_matrix, evenly_spaced
 
 # What is asked of an embedding model are lists of 10 to 100: at 30 a row of the teacher ranks those and all but leaves the
 # rest. all-mpnet-base-v2 on 71,013 sentences: tau is .053 over 256 columns, .041 over 4,352, .039 over 65,792, where a
@@ -38,7 +38,8 @@ def calibrate_temperature(
     FLOP, then 26 passes over the cosines. Hinton and Roweis 2002 (perplexity of a row).
     """
     columns = _columns(teacher.detach(), bank)
-    chosen = _evenly_spaced(len(teacher), min(MOST_ROWS, max(1, MOST_COSINES // max(1, len(columns)))), teacher.device)
+    most = min(MOST_ROWS, max(1, MOST_COSINES // max(1, len(columns))))
+    chosen = torch.tensor(evenly_spaced(len(teacher), most), dtype=torch.long, device=teacher.device)
     _check_keys(keys, bank_keys, len(teacher), len(columns) - len(teacher))
     left_out = _left_out(chosen, len(columns), keys, bank_keys)
     cosines = cosine_similarity_matrix(columns[chosen], columns).masked_fill_(left_out, -math.inf)
@@ -63,11 +64,6 @@ def _columns(teacher: Tensor, bank: Tensor | None) -> Float[Tensor, "n e"]:
             "teacher and bank. Leave those texts out."
         )
     return columns
-
-
-def _evenly_spaced(count: int, most: int, device: torch.device) -> Int[Tensor, "q"]:
-    rows = min(count, most)
-    return torch.arange(rows, device=device) * count // max(rows, 1)
 
 
 def _left_out(

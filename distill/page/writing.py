@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill import files, plots
+from distill import files, runlog
 from distill.errors import DataError
 from distill.export import usage
 from distill.page.comparing import Entry, comparison, labels
 from distill.page.rendering import figure_file
 from distill.page.run import LEGEND, gallery, run_page
 
-REPORT, PAGE, METRICS = "report.json", "report.html", "metrics.jsonl"
+REPORT, PAGE = "report.json", "report.html"
 
 
 def write_run(run: Path) -> Path:
@@ -20,9 +20,7 @@ def write_run(run: Path) -> Path:
     report, folder = read_report(run), _folder(run)
     if "differences" in report:
         return write_models(folder, report)
-    metrics = folder / METRICS
-    steps = plots.read_metrics(metrics) if metrics.exists() and metrics.stat().st_size else []
-    return _write(folder / PAGE, run_page(report, steps, usage(folder / "student")))
+    return _write(folder / PAGE, run_page(report, runlog.read(folder / runlog.NAME), usage(folder / "student")))
 
 
 def write_models(folder: Path, report: dict[str, Any]) -> Path:

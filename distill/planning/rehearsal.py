@@ -1,7 +1,6 @@
 """A run in little: the student that it will train, on vectors that stand for the teacher's, and how fast both are."""
 
 import io
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill import distributed, students
+from distill import distributed, runlog, students
 from distill.config import StudentConfig
 from distill.embed.job import BATCH_TOKENS
 from distill.encoder import Encoder
@@ -83,8 +82,7 @@ def rehearse(teacher: Encoder, scene: Stage, loss: nn.Module, config: TrainConfi
     a_token = _teacher_token(teacher.to(device), scene.texts)
     steps = replace(config, steps=STEPS, save_every=STEPS, resume=False, trackers=(), hard_stage=None)
     run = train(scene.student, scene.examples, scene.store, loss, steps, output=folder / "run")
-    log = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = [json.loads(line)["seconds"] for line in log]
+    seconds = [step["seconds"] for step in runlog.read(folder / "run" / runlog.NAME)]
     some = scene.examples.texts[:256]
     began = time.perf_counter()
     run.student.encode(some)

@@ -1,15 +1,15 @@
 """Values against steps, sizes and tasks, and scores with their intervals."""
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
+from distill import runlog
 from distill.errors import DataError
 from distill.metrics import Interval
 from distill.plots.frame import COLOURS, MARKERS, blank, plain, short
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 def cost_curve(
     seconds: Mapping[str, Mapping[int, float]],
     allocated: Mapping[str, Mapping[int, float]],
-    *,
-    size_label: str = "rows on each side (b = n)",
 ) -> "matplotlib.figure.Figure":
     """Time and allocated bytes against size, one line a method, {method: {size: value}}; both axes are logarithmic."""
     figure = blank(7.5, 2.8)
@@ -34,14 +32,20 @@ def cost_curve(
         _draw_curves(
             ax, {name: {size: value * factor for size, value in curve.items()} for name, curve in curves.items()}
         )
-        ax.set(xlabel=size_label, ylabel=label)
+        ax.set(xlabel="rows on each side (b = n)", ylabel=label)
     return figure
 
 
 def loss_curve(metrics: str | Path, *, title: str = "") -> "matplotlib.figure.Figure":
     """The loss of each step of a run, and the parts of a sum of losses, from its metrics.jsonl (or the run's folder)."""
     path = Path(metrics)
-    entries = read_metrics(path / "metrics.jsonl" if path.is_dir() else path)
+    path = path / runlog.NAME if path.is_dir() else path
+    entries = runlog.read(path)
+    if not entries or "loss" not in entries[0]:
+        raise DataError(
+            f"{path} is not there, or holds no finished step: a run writes lines with step and loss into the {runlog.NAME} of "
+            "its output folder."
+        )
     figure = blank(5.0, 2.6)
     ax = figure.add_subplot()
     logged = dict.fromkeys(name for entry in entries for name in entry)  # a term may begin later
@@ -53,24 +57,6 @@ def loss_curve(metrics: str | Path, *, title: str = "") -> "matplotlib.figure.Fi
     ax.set_title(title, fontsize=10)
     plain(ax, legend=len(names) > 1)
     return figure
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a metrics.jsonl, one JSON object a line; the last line may be half written while the run goes on."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist. A run writes metrics.jsonl into its output folder.")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise DataError(f"{path}, line {number} is no JSON: {line[:80]!r}.") from error
-    if not entries or not {"step", "loss"} <= set(entries[0]):
-        raise DataError(f"{path} holds no finished step yet; expected lines with step and loss.")
-    return entries
 
 
 def lines(

@@ -14,7 +14,7 @@ import torch
 
 from distill.alignment import principal_directions
 from distill.errors import DataError, RecipeError
-from distill.similarity import normalize
+from distill.similarity import evenly_spaced, normalize
 
 FIT_ROWS = 16_384  # rows that a codec is fitted to
 PAIR_ROWS = 512  # rows of a shard whose cosines to each other are compared
@@ -173,7 +173,7 @@ def measure(vectors: np.ndarray, columns: np.ndarray, codec: Codec) -> Distortio
 
 def spread(count: int, most: int) -> np.ndarray:
     """Numbers of at most `most` of `count` things, evenly spaced: sorted files are sampled from end to end."""
-    return np.arange(min(count, most)) * count // max(1, min(count, most))
+    return np.array(evenly_spaced(count, most), np.int64)
 
 
 def finite_rows(vectors: np.ndarray) -> np.ndarray:

@@ -207,7 +207,12 @@ def _inverse_lengths(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> Float[Te
         if _are_ordinary(inverse):
             return inverse
     lengths = row_lengths(rows)
-    return lengths.masked_fill(lengths == 0, torch.inf).reciprocal()
+    return reciprocal(lengths)
+
+
+def reciprocal(values: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """0 at 0."""
+    return values.masked_fill(values == 0, torch.inf).reciprocal_()
 
 
 def _scaled(raw: Shaped[Tensor, "n d"], factors: Float[Tensor, "n 1"], dtype: torch.dtype) -> Float[Tensor, "n d"]:

@@ -21,7 +21,7 @@ BLOCK = 256
 CUDA_BLOCK, CUDA_ROWS = 512, 8192
 
 
-class Rows:
+class LazyUnitRows:
     """The rows of a matrix at length 1. No copy but of a tile; zero rows stay zero."""
 
     def __init__(self, raw: Float[Tensor, "n d"]) -> None:
@@ -39,7 +39,7 @@ class Rows:
         else:
             out.copy_(self.raw[start:stop]).mul_(self.inverse[start:stop].to(out.dtype))
 
-    def write_difference(self, out: Float[Tensor, "t d"], other: "Rows", start: int, stop: int) -> None:
+    def write_difference(self, out: Float[Tensor, "t d"], other: "LazyUnitRows", start: int, stop: int) -> None:
         """Rows start:stop less those of the other into `out`."""
         for first, last in tiles(stop - start, pass_rows(self.raw)):
             rows, dtype = slice(start + first, start + last), self.inverse.dtype
@@ -68,7 +68,7 @@ class Joint:
         difference: bool = False,
     ) -> None:
         self.share, self.dtype, self.width = share, dtype, student.shape[1]
-        self.student, self.teacher = Rows(student), Rows(teacher)
+        self.student, self.teacher = LazyUnitRows(student), LazyUnitRows(teacher)
         self._difference, self._both = difference, student.shape[1] + teacher.shape[1]
 
     def tiles(self) -> Iterator[tuple[slice, Float[Tensor, "t both"]]]:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.streaming.engine import Share, exact_dtype, operator, share_of, tiles, working_dtype
-from distill.streaming.joint import Joint, Rows, add_moments, mirrored, moment_dtype, new_buffer
+from distill.streaming.engine import Share, exact_dtype, operator, reciprocal, share_of, tiles, working_dtype
+from distill.streaming.joint import Joint, LazyUnitRows, add_moments, mirrored, moment_dtype, new_buffer
 
 # What the symmetric moments cost of a whole product: 6 of 9 blocks at width 768, 21 of 36 at 1536.
 SYMMETRIC = 0.6
@@ -114,7 +114,7 @@ def _column_moments(share: Share, teacher: Tensor, bank: Tensor | None, dtype: t
     if bank is not None:
         own.append(bank[len(bank) * share.rank // processes : len(bank) * (share.rank + 1) // processes])
     for rows in own:
-        for tile in Rows(rows).tiles(dtype):
+        for tile in LazyUnitRows(rows).tiles(dtype):
             add_moments(total, tile)
     return mirrored(share.sum(total))
 
@@ -123,7 +123,10 @@ def _cross_mse_direct(
     share: Share, student: Tensor, teacher: Tensor, bank: Tensor | None, dtype: torch.dtype, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """D B^T by tiles."""
-    width, columns = student.shape[1], [Rows(share.everyone(teacher))] + ([] if bank is None else [Rows(bank)])
+    width, columns = (
+        student.shape[1],
+        [LazyUnitRows(share.everyone(teacher))] + ([] if bank is None else [LazyUnitRows(bank)]),
+    )
     joint = Joint(share, student, teacher, dtype, difference=True)
     gradient, value = joint.new_gradient(with_gradient), student.new_zeros((), dtype=exact_dtype(student))
     count = sum(map(len, columns))
@@ -191,10 +194,10 @@ def _row_cosines(
 
     The gradient of -cos is g times the second less h times the third. A row of zeros stays zero: both are 0.
     """
-    closer = _inverse(squares.sqrt() * others.sqrt())
+    closer = reciprocal(squares.sqrt() * others.sqrt())
     cosines = products * closer
     present = (squares > 0).to(cosines.dtype) + (others > 0).to(cosines.dtype)
-    return (present - 2 * cosines).clamp(min=0), cosines * _inverse(squares), closer
+    return (present - 2 * cosines).clamp(min=0), cosines * reciprocal(squares), closer
 
 
 @operator
@@ -236,8 +239,8 @@ def _cka_terms(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
     """The value; half the gradient of X is X (X^T X) times the second less Y (Y^T X) times the third. All 0 of no variation."""
     own, product, other = sums.unbind()
-    toward = _inverse(own.sqrt() * other.sqrt())
-    terms = torch.stack([1 - product * toward, product * toward * _inverse(own), toward])
+    toward = reciprocal(own.sqrt() * other.sqrt())
+    terms = torch.stack([1 - product * toward, product * toward * reciprocal(own), toward])
     value, same, toward = torch.where(variation <= NO_VARIATION, 0, terms).unbind()
     return value, same, toward
 
@@ -270,11 +273,6 @@ def _twins(a: Float[Tensor, "t d"], b: Float[Tensor, "t d"]) -> Float[Tensor, "t
 
 def _squares(matrix: Float[Tensor, "t n"]) -> Float[Tensor, ""]:
     return torch.linalg.vector_norm(matrix, dtype=exact_dtype(matrix)).square()
-
-
-def _inverse(values: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """0 of 0."""
-    return values.masked_fill(values == 0, torch.inf).reciprocal()
 
 
 def _mean(total: Float[Tensor, ""], count: int, student: Tensor) -> Float[Tensor, ""]:

@@ -14,9 +14,19 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.similarity import normalize
+from distill.similarity import evenly_spaced, normalize
 from distill.streaming import engine
-from distill.streaming.engine import Buffer, Share, UnitRows, exact_dtype, operator, share_of, tiles, working_dtype
+from distill.streaming.engine import (
+    Buffer,
+    Share,
+    UnitRows,
+    exact_dtype,
+    operator,
+    reciprocal,
+    share_of,
+    tiles,
+    working_dtype,
+)
 
 # Rows and columns of a tile of distances: smaller ones save more of the mirrored pairs. With 6 products as 1, 1,024 rows
 # of width 768 took .96 with tiles of 256, .98 with 512 and 1.26 with 1,024.
@@ -146,11 +156,6 @@ def _add_pulls(
     gradient.addcmul_(sums, points[start : start + len(gradient)])
 
 
-def reciprocal(lengths: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """0 at 0."""
-    return lengths.masked_fill(lengths == 0, torch.inf).reciprocal_()
-
-
 @operator
 def rkd_angle(
     student: Tensor, teacher: Tensor, anchors: int, shared: bool, with_gradient: bool
@@ -166,9 +171,8 @@ def rkd_angle(
         x.squared_distances(slice(0, count), slice(0, count)).div_(2)
         for x in (points, Points(share.everyone(teacher), dtype))
     ]
-    # Another process's rows may want the gradient where this one's do not: all sum it, or all wait.
-    angles = _Angles(halves[0], halves[1], with_gradient or len(share.sizes) > 1)
-    for anchor in evenly_spaced(anchors, count)[share.rank :: len(share.sizes)]:
+    angles = _Angles(halves[0], halves[1], with_gradient)
+    for anchor in evenly_spaced(count, anchors)[share.rank :: len(share.sizes)]:
         angles.add(anchor)
     terms = min(anchors, count) * count**2
     value = share.sum(angles.total) / terms
@@ -179,12 +183,6 @@ def rkd_angle(
         torch.addmm(weights.sum(-1, keepdim=True) * points.rows[own], weights, points.rows, alpha=-1, out=gradient)
         UnitRows(student, dtype).through_norms(gradient.mul_(2 / terms))
     return value.to(working_dtype(student)), gradient.to(working_dtype(student))
-
-
-def evenly_spaced(wanted: int, count: int) -> list[int]:
-    """Row numbers, all of them where there are no more than wanted."""
-    wanted = min(wanted, count)
-    return [place * count // wanted for place in range(wanted)]
 
 
 class _Angles:

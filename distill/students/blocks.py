@@ -21,23 +21,11 @@ def transformer_of(encoder: Encoder) -> TransformerBackbone:
 
 
 def with_model(encoder: Encoder, model: nn.Module) -> Encoder:
-    """The encoder's own parts around another model, in eval mode. Its Dense layers are copied."""
+    """The encoder's own parts around another model, in eval mode. Pooling and head are copied."""
     backbone = transformer_of(encoder)
     parts = vars(encoder.parts()) | {"head": copy.deepcopy(list(encoder.head))}
-    parts["backbone"] = TransformerBackbone(model, backbone.pooling, pad_id=backbone.pad_id)
+    parts["backbone"] = TransformerBackbone(model, copy.deepcopy(backbone.pooling), pad_id=backbone.pad_id)
     return Encoder(**parts).eval()
-
-
-@contextmanager
-def evaluating(encoder: Encoder) -> Iterator[None]:
-    """Eval mode without gradients; the mode before is back when the block ends."""
-    training = encoder.training
-    encoder.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        encoder.train(training)
 
 
 def layer_list(model: Any, name: str) -> tuple[str, nn.ModuleList]:

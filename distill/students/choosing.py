@@ -1,7 +1,7 @@
 """Which of the teacher's layers to keep: those that, untrained, come nearest to the teacher's own vectors."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill import distributed
-from distill.encoder import Encoder
+from distill.encoder import Encoder, Texts, eval_mode, texts_by_role
 from distill.errors import RecipeError
 from distill.heads import RIDGES
 from distill.modules import Tokens
-from distill.similarity import normalize, pairwise_cosine
-from distill.students.blocks import evaluating, layer_list, only_layers, transformer_of
-from distill.students.summary import texts_by_role, usable_rows
+from distill.similarity import normalize, pairwise_cosine, usable_rows
+from distill.students.blocks import layer_list, only_layers, transformer_of
 
 REMEMBERED_BYTES = 2**30  # of hidden states; what does not fit is computed again
 
@@ -59,7 +58,7 @@ def choose_layers(
     teacher: Encoder,
     count: int = 3,
     *,
-    texts: Sequence[str] | Mapping[str, Sequence[str]],
+    texts: Texts,
     vectors: Float[Tensor, "n e"] | None = None,
     projection: bool = False,
     passes: float = 8.0,
@@ -81,7 +80,8 @@ def choose_layers(
         )
     tokens, targets = _usable(teacher, texts, vectors)
     began = time.monotonic()
-    with evaluating(teacher), tqdm(desc="sets of layers", unit="set", delay=2, disable=distributed.hides_bars()) as bar:
+    bar = tqdm(desc="sets of layers", unit="set", delay=2, disable=distributed.hides_bars())
+    with torch.no_grad(), eval_mode(teacher), bar:
         search = _Search(_Partial(teacher, tokens), targets, projection, budget=int(passes * total), bar=bar)
         best = search.best(count)
     return Choice(
@@ -232,7 +232,7 @@ def after_ridge(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n e"]) ->
 
 
 def _usable(
-    teacher: Encoder, texts: Sequence[str] | Mapping[str, Sequence[str]], vectors: Float[Tensor, "n e"] | None
+    teacher: Encoder, texts: Texts, vectors: Float[Tensor, "n e"] | None
 ) -> tuple[Tokens, Float[Tensor, "usable e"]]:
     """Tokens of the texts in their roles, and the teacher's vectors, where these are finite and not zero."""
     roles = texts_by_role(texts)

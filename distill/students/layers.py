@@ -1,18 +1,19 @@
 """A copy of the teacher with some of its layers."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill import distributed
-from distill.encoder import Encoder
+from distill.encoder import Encoder, Texts, eval_mode
 from distill.errors import RecipeError
 from distill.modules import Dense, Normalize, TransformerBackbone
-from distill.students.blocks import evaluating, layer_list, only_layers, transformer_of, with_layers, with_model
+from distill.students.blocks import layer_list, only_layers, transformer_of, with_layers, with_model
 from distill.students.choosing import choose_layers
 from distill.students.projection import last_linear
 from distill.students.summary import named
@@ -24,7 +25,7 @@ def keep_layers(
     *,
     projection: bool = False,
     count: int = 3,
-    texts: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    texts: Texts | None = None,
     vectors: Float[Tensor, "n e"] | None = None,
 ) -> Encoder:
     """A copy of the teacher with some of its layers: a count (the lowest ones and the last), their numbers from 0, or "auto".
@@ -74,7 +75,7 @@ def freeze_token_table(student: Encoder) -> None:
 def _chosen(
     teacher: Encoder,
     count: int,
-    texts: Sequence[str] | Mapping[str, Sequence[str]] | None,
+    texts: Texts | None,
     vectors: Float[Tensor, "n e"] | None,
     projection: bool,
 ) -> tuple[int, ...]:
@@ -93,9 +94,9 @@ def _check_same(teacher: Encoder, student: Encoder, path: str, kept: Sequence[in
     if any("relative_attention_bias" in name for name in model.get_submodule(f"{path}.0").state_dict()) and kept[0]:
         return
     tokens = teacher.tokenize(["What a layer does, it does at every place."]).tokens
-    with evaluating(teacher), only_layers(model, path, kept):
+    with torch.no_grad(), eval_mode(teacher), only_layers(model, path, kept):
         expected = teacher(tokens)
-    with evaluating(student):
+    with torch.no_grad(), eval_mode(student):
         same = (student(tokens) - expected).abs().max() <= 1e-3 * expected.abs().max()
     if not same:
         raise RecipeError(

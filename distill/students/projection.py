@@ -1,6 +1,6 @@
 """The last linear layer of a student: the closed-form map from its own space into the teacher's."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from distill import distributed
-from distill.encoder import Encoder
+from distill.encoder import Encoder, Texts, texts_by_role
 from distill.errors import RecipeError
 from distill.heads import Projection
 from distill.modules import Dense, Normalize
-from distill.similarity import normalize
-from distill.students.summary import texts_by_role, usable_rows
+from distill.similarity import normalize, usable_rows
 
 BATCH = 4096  # texts that are encoded, and whose vectors are read, together
 
@@ -24,7 +23,7 @@ Read = Callable[[Sequence[str], str | None], Tensor]
 @torch.no_grad()
 def fit_projection(
     student: Encoder,
-    texts: Sequence[str] | Mapping[str, Sequence[str]],
+    texts: Texts,
     vectors: Float[Tensor, "n e"] | Read,
     *,
     ridge: float | None = None,
@@ -69,9 +68,7 @@ def lead_to(student: Encoder, width: int) -> None:
     student.head = nn.Sequential(*head, Dense(inside, width).to(student.device), Normalize())
 
 
-def _batches(
-    student: Encoder, texts: Sequence[str] | Mapping[str, Sequence[str]], vectors: Tensor | Read
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(student: Encoder, texts: Texts, vectors: Tensor | Read) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of the student beside the teacher's, those that can be used, batch by batch.
 
     The student's enter as directions: it is compared by cosine, so a long text must not count for more.

@@ -11,12 +11,12 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.encoder import Encoder
+from distill.encoder import Encoder, Texts, eval_mode, texts_by_role
 from distill.errors import RecipeError
 from distill.modules import Tokens
-from distill.similarity import normalize
-from distill.students.blocks import evaluating, layer_list, rebuilt, transformer_of, with_model
-from distill.students.summary import named, texts_by_role, usable_rows
+from distill.similarity import normalize, usable_rows
+from distill.students.blocks import layer_list, rebuilt, transformer_of, with_model
+from distill.students.summary import named
 
 PROBES = 4  # random directions in which the movement of a vector is measured
 _FEED_FORWARD = (  # what makes the neurons (how many stacked), and what reads them
@@ -44,7 +44,7 @@ def prune(
     *,
     intermediate: int | None = None,
     heads: int | None = None,
-    texts: Sequence[str] | Mapping[str, Sequence[str]],
+    texts: Texts,
     vectors: Float[Tensor, "n e"] | None = None,
     seed: int = 0,
 ) -> Encoder:
@@ -61,7 +61,7 @@ def prune(
     config, state = copy.deepcopy(model.config), dict(model.state_dict())
     if intermediate is None and heads is None:
         raise RecipeError("prune needs intermediate=... neurons, heads=..., or both.")
-    with evaluating(student):
+    with torch.no_grad(), eval_mode(student):
         if intermediate is not None:
             units = _feed_forward(model, layers[0], intermediate)
             kept = _most_important(student, layers, units, intermediate, texts, vectors, seed)
@@ -137,7 +137,7 @@ def _most_important(
     layers: nn.ModuleList,
     units: _Units,
     wanted: int,
-    texts: Sequence[str] | Mapping[str, Sequence[str]],
+    texts: Texts,
     vectors: Float[Tensor, "n e"] | None,
     seed: int,
 ) -> tuple[Int[Tensor, "layers kept"], Float[Tensor, "layers columns"]]:
@@ -150,7 +150,7 @@ def _most_important(
 
 
 def _batches(
-    student: Encoder, texts: Sequence[str] | Mapping[str, Sequence[str]], vectors: Float[Tensor, "n e"] | None
+    student: Encoder, texts: Texts, vectors: Float[Tensor, "n e"] | None
 ) -> Iterator[tuple[Tokens, Tensor | None]]:
     """Texts of one length at a time, so that there is no padding to be averaged; with the teacher's unit vectors."""
     parts = [student.tokenize(some, prompt=student.prompt(role)).tokens for role, some in texts_by_role(texts)]

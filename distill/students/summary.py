@@ -1,25 +1,25 @@
 """What a student is called, how large and how fast it is, and how near to the teacher it starts."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from distill.encoder import Encoder, refuse_one_text
+from distill.encoder import Encoder, Texts, texts_by_role
 from distill.errors import RecipeError
 from distill.modules import StaticTable
 from distill.quantized import stored, table_tensors
-from distill.similarity import pairwise_cosine
+from distill.similarity import pairwise_cosine, usable_rows
 
 MEASURED_SECONDS = 0.5
 
 
 def describe(
     student: Encoder,
-    texts: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    texts: Texts | None = None,
     vectors: Float[Tensor, "n e"] | None = None,
 ) -> str:
     """One line: parameters, bytes as stored, and width; with `texts`, texts a second; with the teacher's `vectors`, the mean cosine to it.
@@ -56,21 +56,6 @@ def stored_bytes(student: Encoder) -> int:
         return sum(parameter.nbytes for parameter in student.parameters())
     table = table_tensors(backbone.folded(), backbone.stored_as).values()
     return sum(t.nbytes for t in table) + sum(stored(p, backbone.stored_as).nbytes for p in student.head.parameters())
-
-
-def texts_by_role(texts: Sequence[str] | Mapping[str, Sequence[str]]) -> list[tuple[str | None, Sequence[str]]]:
-    """Texts with their role, in their order; texts alone have none."""
-    roles: list[tuple[str | None, Sequence[str]]] = (
-        list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
-    )
-    for _, some in roles:
-        refuse_one_text(some)
-    return roles
-
-
-def usable_rows(vectors: Float[Tensor, "n e"]) -> Bool[Tensor, " n"]:
-    """Rows that are finite and not zero."""
-    return vectors.isfinite().all(dim=1) & vectors.any(dim=1)
 
 
 def _measured(

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from distill.alignment import principal_directions
 from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.folder import UNLIMITED
@@ -72,10 +73,7 @@ def _principal_directions(
 ) -> tuple[Float[Tensor, " e"], Float[Tensor, "width e"]]:
     mean = vectors.double().mean(dim=0)
     centred = vectors.double() - mean
-    _, directions = torch.linalg.eigh(centred.T @ centred)
-    directions = directions.flip(1)[:, :width].T
-    signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()  # eigh's signs are arbitrary
-    return mean.float(), (directions * signs).float()
+    return mean.float(), principal_directions(centred.T @ centred, width).T.float()
 
 
 def _token_weights(tokenizer: Tokenizer, size: int, texts: Sequence[str] | None) -> Float[Tensor, " v"]:

@@ -52,8 +52,11 @@ def _listed_texts(texts: Sequence[Any]) -> Table:
     return Table(name="list of texts", unit="item", columns=["text"], rows=rows, unnamed=True)
 
 
-def read_table(source: Source, **options: Any) -> Table:
-    tables = list(islice(read_tables(source, **options), 2))
+def read_table(
+    source: Source, *, revision: str | None = None, token: str | None = None, wanted: tuple[str, ...] = ()
+) -> Table:
+    """`read_tables` of what is one table; DataError if it is several."""
+    tables = list(islice(read_tables(source, revision=revision, token=token, wanted=wanted), 2))
     if len(tables) != 1:
         raise DataError(f"One file is expected, {source} matches several.")
     return tables[0]

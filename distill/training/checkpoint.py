@@ -101,7 +101,7 @@ def tidy(folder: Path, step: int, keep: int) -> None:
     """
     with suppress(OSError):
         files.remove_unfinished(folder, "step-*")
-        for path in [path for path in _steps(folder) if _step(path) <= step][:-keep]:
+        for path in _outdated(folder, step, keep):
             files.remove_folder(path)
 
 
@@ -117,6 +117,11 @@ def clear(folder: Path) -> None:
 def _steps(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step)
+
+
+def _outdated(folder: Path, step: int, keep: int) -> list[Path]:
+    """The checkpoints up to a step, but for the newest `keep`."""
+    return [path for path in _steps(folder) if _step(path) <= step][:-keep]
 
 
 def _step(path: Path) -> int:
@@ -152,11 +157,8 @@ def _write(folder: Path, step: int, tensors: Further, state: dict[str, Any], kee
 
 def _remove_old(folder: Path, step: int, keep: int) -> None:
     """All but the newest `keep`. A later step than the one just written is a damaged one that the run went back behind."""
-    steps = _steps(folder)
-    past = [path for path in steps if _step(path) <= step]
-    for path in steps:
-        if path not in past[-keep:]:
-            files.remove_folder(path)
+    for path in [*_outdated(folder, step, keep), *(path for path in _steps(folder) if _step(path) > step)]:
+        files.remove_folder(path)
 
 
 def _on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

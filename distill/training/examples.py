@@ -1,14 +1,12 @@
 """What a student is trained on: texts as the student reads them, beside the stored vectors of the teacher."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distill import distributed
-from distill.encoder import Encoder, distinct
+from distill.encoder import Encoder, Texts, distinct, texts_by_role
 from distill.errors import DataError
 from distill.modules import Tokens
 from distill.store import FLAG_NAMES, GOOD, Store, text_keys
@@ -28,15 +26,13 @@ class Examples:
         return len(self.texts)
 
 
-def match(
-    texts: Sequence[str] | Mapping[str, Sequence[str]], student: Encoder, teacher: Encoder, store: Store
-) -> Examples:
+def match(texts: Texts, student: Encoder, teacher: Encoder, store: Store) -> Examples:
     """Match texts with their stored vectors. A mapping names the role of its texts, {"query": [...], "document": [...]}.
 
     Texts whose vector was set aside, or of which the student reads no token, are left out and counted in `report`;
     so is the share that each side cuts at its max_length. DataError if nothing is left.
     """
-    by_role = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
+    by_role = texts_by_role(texts)
     if not by_role:
         raise DataError("no texts to train on: the mapping of roles is empty.")
     parts = [_part(distinct(some), role, student, teacher, store) for role, some in by_role]
@@ -44,7 +40,7 @@ def match(
     lengths = torch.cat([part.tokens.lengths for part in parts])
     rows = np.concatenate([part.rows for part in parts])
     joined = Examples(
-        distributed.concatenate([part.texts for part in parts]),
+        [text for part in parts for text in part.texts],
         Tokens(ids, lengths),
         rows,
         torch.cat([part.keys for part in parts]),

@@ -17,7 +17,7 @@ from distill.modules import Tokens
 from distill.store import Store
 from distill.training import mining, sampling
 from distill.training.examples import Examples
-from distill.training.gradients import Share
+from distill.training.gradients import BatchPart
 from distill.training.settings import TrainConfig
 
 Loss = Callable[..., Float[Tensor, ""]]
@@ -58,7 +58,7 @@ class Feed:
         size, accumulation = self.config.batch_size, self.config.accumulation
         return sampling.batches(step, len(self.data), batch_size=size, accumulation=accumulation, seed=self.config.seed)
 
-    def shares(self, step: int) -> list[Share]:
+    def shares(self, step: int) -> list[BatchPart]:
         """This process's rows of each of the step's batches, with their losses. Steps are asked for one after the other."""
         reads = self._coming_reads(step)
         total = sum(read.texts for read in reads)
@@ -100,10 +100,10 @@ class Feed:
         vectors = self.store.take_stored(self.data.rows[rows])
         return vectors.pin_memory() if self.device.type == "cuda" else vectors
 
-    def _share(self, read: "_Read", total: int) -> Share:
+    def _share(self, read: "_Read", total: int) -> BatchPart:
         """`total` rows has the step."""
         most = -(-read.texts // distributed.world_size())
-        return Share(read.tokens, read.count, most, partial(self._loss, read, read.texts / total))
+        return BatchPart(read.tokens, read.count, most, partial(self._loss, read, read.texts / total))
 
     def _loss(self, read: "_Read", weight: float, vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
         teacher, keys = self._here(read.teacher).float(), self._here(read.keys)

@@ -22,7 +22,7 @@ from distill.training.gradient_cache import MicroBatch, backward_in_micro_batche
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchPart:
     """This process's part of a global batch: `count` texts, at most `most` on any process, and the loss of their vectors."""
 
     tokens: Tokens  # of one text if the share has none
@@ -48,12 +48,12 @@ class StepGradients:
         self.any_process = partial(distributed.any_process, device=device)
         self._fitted_tokens: int | None = None  # the first step does not count: the optimizer takes its memory after it
 
-    def add(self, shares: Sequence[Share]) -> Float[Tensor, ""]:
+    def add(self, shares: Sequence[BatchPart]) -> Float[Tensor, ""]:
         """Gradients of the sum of the shares' losses, and that sum. The gradients there were are lost if memory runs out."""
         most = max(share.most for share in shares)
         return self.micro_batch.run(partial(self._add, shares), undo=self.student.zero_grad, most=most)
 
-    def _add(self, shares: Sequence[Share], micro_batch: int) -> Float[Tensor, ""]:
+    def _add(self, shares: Sequence[BatchPart], micro_batch: int) -> Float[Tensor, ""]:
         *before, last = shares
         parts = [self._backward(share, self.student, micro_batch, self.any_process) for share in before]
         if distributed.world_size() > 1 and self._surely_fits(last, micro_batch):
@@ -64,17 +64,17 @@ class StepGradients:
         return torch.stack(parts).sum()
 
     def _backward(
-        self, share: Share, model: nn.Module, micro_batch: int, any_process: Callable[[bool], bool]
+        self, share: BatchPart, model: nn.Module, micro_batch: int, any_process: Callable[[bool], bool]
     ) -> Float[Tensor, ""]:
         encode, lengths = partial(share.encode, model), share.tokens.lengths[: share.count]
         return backward_in_micro_batches(encode, lengths, share.loss, micro_batch=micro_batch, any_process=any_process)
 
-    def _surely_fits(self, share: Share, micro_batch: int) -> bool:
+    def _surely_fits(self, share: BatchPart, micro_batch: int) -> bool:
         """Whether each process has run as many tokens at once as it has now."""
         fits = share.most <= micro_batch and share.token_count <= (self._fitted_tokens or 0)
         return not self.any_process(not fits)
 
-    def _exchange(self, share: Share, micro_batch: int) -> None:
+    def _exchange(self, share: BatchPart, micro_batch: int) -> None:
         if distributed.world_size() == 1:
             return
         exchange_gradients(self.model, share.tokens.rows(share.tokens.lengths.argmin()[None]))

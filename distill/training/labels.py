@@ -23,6 +23,7 @@ from distill.losses import cosine_distance
 from distill.modules import Tokens
 from distill.similarity import normalize
 from distill.training import finite, sampling
+from distill.training.optimizer import set_rate
 
 NO_LABEL = -1
 MOST_NAMED = 5  # rows in a message
@@ -161,8 +162,7 @@ class LabelTraining:
             return self.head(vectors.to(self.encoder.device))["logits"].argmax(dim=1).cpu()
 
     def _step(self, texts: LabelledTexts, rows: Int[Tensor, " b"], rate: float) -> dict[str, Any]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
+        set_rate(self.optimizer, rate)
         self.optimizer.zero_grad()
         parts = self._parts(texts, rows)
         value = parts["labels"] + self.config.distillation * parts["teacher"]

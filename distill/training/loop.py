@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from distill import distributed, files
+from distill import distributed, files, runlog
 from distill.encoder import Encoder
 from distill.errors import IntegrityError, NumericsError, RecipeError, Stopped
 from distill.modules import Reading, TransformerBackbone
 from distill.store import Store
-from distill.training import checkpoint, execution, finite, optimizer, runlog, sampling
+from distill.training import checkpoint, execution, finite, optimizer, sampling
 from distill.training.averaging import WeightAverage
 from distill.training.examples import Examples
 from distill.training.feed import Feed, Loss

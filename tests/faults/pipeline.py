@@ -27,7 +27,7 @@ from distill.embed import embed, job
 from distill.encoder import Encoder
 from distill.store import Store, text_keys, verify
 from distill.training import checkpoint, loop
-from distill.training.comparing import compare
+from distill.verify_resume.comparing import compare
 
 PHASES = ("tokenise", "embed", "shard write", "train", "checkpoint", "export")
 TEXTS = runs.texts(48)

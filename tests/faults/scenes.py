@@ -20,13 +20,12 @@ from disturbed import disturbed
 from torch import nn
 from torch.optim import AdamW
 
-from distill import files
+from distill import files, runlog
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.store import GOOD, Rows, Store, compress, text_keys, verify
 from distill.store.shards import forget
 from distill.training import checkpoint
-from distill.training.comparing import logged
 
 FINGERPRINT = {"weights": "ab" * 32, "max_length": 64}
 WIDTH = 4
@@ -327,7 +326,7 @@ class Training:
 
     @staticmethod
     def _log(folder: Path) -> list[dict[str, Any]]:
-        return [{**line, "seconds": 0} for line in logged(folder / "run")]
+        return [{**line, "seconds": 0} for line in runlog.read(folder / "run" / runlog.NAME)]
 
     @staticmethod
     def _digest(path: Path) -> str:

@@ -11,8 +11,8 @@ import pytest
 import runs
 import torch
 
-from distill import distributed, losses
-from distill.training.comparing import compare, logged
+from distill import distributed, losses, runlog
+from distill.verify_resume.comparing import compare
 
 # Forty steps over two epochs; dropout, a bank, an average of the weights: all that has a state.
 LONG: dict[str, Any] = {
@@ -78,7 +78,7 @@ def test_any_step_of_forty_can_be_resumed_twice(tiny_bert: Path, tmp_path: Path,
     found = processes.run(resume_all, world, tmp_path, timeout_seconds=10_000 if full else 800, **options)
     counts.note(2, f"resumed at a step of 40 and once more, {world} processes", len(chosen), len(found[0]))
     assert found == [[]] * world
-    assert len(logged(tmp_path / "runs" / "whole")) == STEPS
+    assert len(runlog.read(tmp_path / "runs" / "whole" / runlog.NAME)) == STEPS
 
 
 # Elastic
@@ -103,7 +103,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tiny_bert: Path, tmp_path
     runs.small_run(tiny_bert, tmp_path / "alone", store=tmp_path / "store", **ELASTIC)
     for world, until in ((1, 8), (2, 16), (3, 24), (1, None)):
         processes.run(elastic, world, tmp_path, output=tmp_path / "elastic", until=until, **options)
-    alone, many = logged(tmp_path / "alone"), logged(tmp_path / "elastic")
+    alone, many = (runlog.read(tmp_path / name / runlog.NAME) for name in ("alone", "elastic"))
     assert [line["step"] for line in many] == list(range(1, 33))
     assert [line["order"] for line in many] == [line["order"] for line in alone]
     assert [line["texts"] for line in many] == [line["texts"] for line in alone]
@@ -137,7 +137,9 @@ def first_norms(model: str, store: str, folder: str) -> dict[str, list[float]]:
                 options = {"count": 23, "batch_size": 9, "steps": 3, "accumulation": accumulation, "bank_size": 8}
                 runs.small_run(model, output, store=store, loss=name, kind="static", dtype=dtype, **options)
                 key = f"{name}, accumulation {accumulation}, {str(dtype)[6:]}"
-                found[key] = [line[number] for line in logged(output) for number in ("loss", "grad_norm")]
+                found[key] = [
+                    line[number] for line in runlog.read(output / runlog.NAME) for number in ("loss", "grad_norm")
+                ]
     return found
 
 

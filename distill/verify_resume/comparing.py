@@ -1,13 +1,12 @@
 """Two run folders, bit for bit: what was logged, and everything of the last checkpoints."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distill import runlog
 from distill.errors import IntegrityError
 
 UNEQUAL_BY_NATURE = {"seconds", "padding"}  # of what is logged: how a step was run, not what it did
@@ -26,7 +25,7 @@ def compare(whole: Path, other: Path) -> str:
 
 
 def _compare_logs(whole: Path, other: Path) -> int:
-    left, right = logged(whole), logged(other)
+    left, right = (runlog.read(output / runlog.NAME) for output in (whole, other))
     for one, two in zip(left, right, strict=False):
         for name in dict.fromkeys([*one, *two]):
             if name not in UNEQUAL_BY_NATURE and repr(one.get(name)) != repr(two.get(name)):  # NaN is NaN
@@ -81,12 +80,5 @@ def saved_steps(output: Path) -> list[int]:
 
 def last_logged(output: Path) -> int:
     """The last step that is logged, 0 if none is."""
-    lines = logged(output)
+    lines = runlog.read(output / runlog.NAME)
     return int(lines[-1]["step"]) if lines else 0
-
-
-def logged(output: Path) -> list[dict[str, Any]]:
-    """What is logged; half a line, which a kill may leave, is none."""
-    path = output / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

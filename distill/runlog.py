@@ -1,14 +1,13 @@
-"""What a run logs: metrics.jsonl, one line a step, and the trackers that were asked for."""
+"""What a run logs: metrics.jsonl, one line a step, and the trackers that were asked for; and how it is read again."""
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill import distributed, files
-from distill.errors import ResourceError
+from distill.errors import DataError, ResourceError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -16,12 +15,27 @@ if TYPE_CHECKING:
 NAME = "metrics.jsonl"
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The steps of a metrics.jsonl, none if there is no such file. A last line that is half written, which a kill leaves, is none.
+
+    DataError for any other line that is no step.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if (entry := _entry(line)) is not None:
+            entries.append(entry)
+        elif number < len(lines) or line.endswith("\n"):
+            raise DataError(f"{path}, line {number} is no step of a run: {line[:80]!r}.")
+    return entries
+
+
 def cut(output: Path, last: int) -> None:
     """Leave metrics.jsonl up to the step `last` that is resumed from; 0 empties it for a new run."""
     path = output / NAME
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if last and path.exists() else []
-        kept = [line for line in lines if _step(line) <= last]
+        kept = [line for line in lines if (entry := _entry(line)) and entry["step"] <= last]
         files.remove_unfinished(output, NAME)
         with files.published_file(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -78,8 +92,10 @@ def _start_trackers(output: Path, accelerator: "Accelerator", settings: Mapping[
         ) from error
 
 
-def _step(line: str) -> float:
+def _entry(line: str) -> dict[str, Any] | None:
+    """The step that a line says something of; None for half a line, and for anything else."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
