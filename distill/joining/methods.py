@@ -1,6 +1,6 @@
 """The ways to join the rows of several teachers: each a matrix behind their unit rows, side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,13 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.alignment import generalised_procrustes, nearest_rotation, principal_directions
-from distill.encoder import Encoder
+from distill.encoder import Encoder, Texts, texts_by_role
 from distill.errors import RecipeError
 from distill.joining.stores import Joined, Sources, read_together, write_joined
 from distill.store import Store, text_keys
 
 Method = Literal["procrustes", "concatenate", "gram"]
-Texts = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def concatenate(
@@ -65,8 +64,7 @@ def keys_by_role(texts: Texts, teacher: Encoder) -> np.ndarray:
 
     A text in two roles that the first teacher has one prompt for is joined once, in the role that comes first.
     """
-    by_role = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
-    return np.concatenate([text_keys(some, prompt=teacher.prompt(role)) for role, some in by_role])
+    return np.concatenate([text_keys(some, prompt=teacher.prompt(role)) for role, some in texts_by_role(texts)])
 
 
 def join_stores(

@@ -5,7 +5,7 @@ run = train(student, match(texts, student, one, target.joined.store), target.joi
 vectors = target.encode(more_texts)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from distill import distributed
 from distill.embed import embed
-from distill.encoder import Encoder
-from distill.joining.methods import Method, Texts, join_stores, keys_by_role
+from distill.encoder import Encoder, Texts, texts_by_role
+from distill.joining.methods import Method, join_stores, keys_by_role
 from distill.joining.stores import Joined, shares
 from distill.similarity import normalize
 from distill.store import Store, text_keys
@@ -85,10 +85,9 @@ def several(
     What is stored already, and a joined store that stands, are read. Every process calls it. Cost: a pass of each teacher
     over what it has not embedded; over the stored vectors, one to find the matrix, one to write.
     """
-    roles = list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
     stores = []
     for teacher, path in zip(teachers, paths, strict=True):
-        for role, some in roles:
+        for role, some in texts_by_role(texts):
             store = embed(some, teacher, path, role=role)
         stores.append(Store.open(store.path))
     keys = [keys_by_role(texts, teacher) for teacher in teachers]
