@@ -131,6 +131,7 @@ def gather_rows(rows: Shaped[Tensor, "b *d"], sizes: Sequence[int] | None = None
     return engine.gather_rows(rows, _sizes(rows) if sizes is None else sizes)
 
 
+@torch.compiler.disable(reason="what a loss exchanges depends on the share that is in force when it runs")
 def global_loss(
     loss: Callable[..., Float[Tensor, ""]],
     student: Float[Tensor, "b d"],

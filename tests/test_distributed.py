@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import processes
 import pytest
 import torch
@@ -225,6 +226,28 @@ def only_the_first_wants_a_gradient() -> None:
         assert distributed.global_loss(make(), student, teacher).isfinite(), name
 
 
+def compiled() -> dict[str, list[float]]:
+    """In one of two processes: value and error of the gradient of what torch.compile made, inside and outside."""
+    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks cannot be compiled
+    data, mine = inputs(torch.float64), slice(0, 5) if distributed.is_main() else slice(5, ROWS)
+    student, teacher = data["texts"], data["teacher"]
+    loss = losses.CrossKL(temperature=0.1)
+    step = torch.compile(lambda rows, twins: distributed.global_loss(loss, rows, twins), backend="aot_eager")
+    own = torch.compile(loss, backend="aot_eager")
+    found = {"expected": [float(loss(student, teacher)), 0.0]}
+    alone = {"expected, alone": loss, "alone": own}
+    together = {"step": step, "loss": lambda rows, twins: distributed.global_loss(own, rows, twins)}
+    for name, function in {**alone, **together, "alone, again": own, "loss, again": together["loss"]}.items():
+        leaf, whole = (rows.clone().requires_grad_() for rows in (student[mine], student))
+        value = function(leaf, teacher[mine])
+        value.backward()
+        of_all = name in ("step", "loss", "loss, again")
+        expected = 2 * loss(whole, teacher) if of_all else loss(whole[mine], teacher[mine])
+        expected.backward()
+        found[name] = [float(value), float((leaf.grad - whole.grad[mine]).abs().max())]
+    return found
+
+
 def everything(sizes: list[list[int]]) -> dict[str, Any]:
     only_the_first_wants_a_gradient()
     return {"errors": worst_errors(sizes), "collectives": collectives()}
@@ -272,6 +295,15 @@ def test_collectives(spawned: list[dict[str, Any]]) -> None:
         shares = [result["share"][place] for result in found]
         assert [row for share in shares for row in share] == [*range(count)]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_compiled_loss_is_that_of_the_global_batch_inside_and_of_its_own_rows_outside(tmp_path: Path) -> None:
+    for found in processes.run(compiled, 2, tmp_path):
+        assert max(error for _, error in found.values()) < 1e-12
+        for name in ("step", "loss", "loss, again"):
+            assert found[name][0] == pytest.approx(found["expected"][0], rel=1e-12)
+        for name in ("alone", "alone, again"):
+            assert found[name][0] == pytest.approx(found["expected, alone"][0], rel=1e-12)
 
 
 def test_a_bank_for_a_function_is_refused_rather_than_dropped() -> None:

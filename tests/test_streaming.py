@@ -218,7 +218,7 @@ def _operators_opened() -> Iterator[None]:
         wanted = student.requires_grad and torch.is_grad_enabled()
         with torch.no_grad():
             fixed = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
-            return self.compute(student.detach(), *fixed, engine._in_force.share is not None, wanted)[0]
+            return self.compute(student.detach(), *fixed, wanted)[0]
 
     engine.Operator.__call__ = direct  # type: ignore[method-assign]
     try:

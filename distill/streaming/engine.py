@@ -46,29 +46,41 @@ class Operator:
     """A loss as an operator of torch, distill::NAME: called, it gives the value, and the gradient is ready by then."""
 
     def __init__(self, compute: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        self.compute = _in_full_precision(compute)
+        self.compute = _with_its_share(_in_full_precision(compute))
         self._operator = torch.library.custom_op(f"distill::{compute.__name__}", self.compute, mutates_args=())
         self._operator.register_fake(_shapes)
         self._operator.register_autograd(_backward, setup_context=_save)
 
     def __call__(self, student: Float[Tensor, "b d"], *arguments: Any) -> Float[Tensor, ""]:
-        shared = _in_force.share is not None
-        if not shared and not len(student):
-            raise ValueError("a loss is a mean over rows, got a student of none. Give it at least one row.")
-        # In a shared batch another process's rows may want a gradient: all enter its collectives, or all wait.
-        with_gradient = shared or (student.requires_grad and torch.is_grad_enabled())
+        with_gradient = student.requires_grad and torch.is_grad_enabled()
         fixed = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
-        return self._operator(student, *fixed, shared, with_gradient)[0]
+        return self._operator(student, *fixed, with_gradient)[0]
 
 
 def operator(compute: Callable[..., tuple[Tensor, Tensor]]) -> Operator:
-    """Make an operator of `compute(student, *arguments, shared: bool, with_gradient: bool) -> (value, gradient)`.
+    """Make an operator of `compute(student, *arguments, with_gradient: bool) -> (value, gradient)`.
 
     `value` is a scalar; `gradient` is that of the rows of `student` as they came in, or has 0 rows if it was not asked
     for. Both are float32, float64 where the student is. Only the student gets a gradient, and that has none itself:
     a second derivative raises RuntimeError.
     """
     return Operator(compute)
+
+
+def _with_its_share(compute: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Which share is in force is asked when the operator runs: torch.compile, which traces the call, guards no such thing."""
+
+    @functools.wraps(compute)
+    def run(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *rest, with_gradient = arguments
+        shared = _in_force.share is not None
+        if not shared and not len(student):
+            raise ValueError("a loss is a mean over rows, got a student of none. Give it at least one row.")
+        # In a shared batch another process's rows may want a gradient: all enter its collectives, or all wait.
+        value, gradient = compute(student, *rest, shared or with_gradient)
+        return value, gradient if with_gradient else gradient.new_empty((0, student.shape[1]))
+
+    return run
 
 
 def _in_full_precision(compute: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -355,10 +367,10 @@ def sharing(share: Share) -> Iterator[None]:
         _in_force.share = before
 
 
-def share_of(rows: Tensor, shared: bool) -> Share:
+def share_of(rows: Tensor) -> Share:
     """What an operator works with: the share in force, or all rows."""
     share = _in_force.share
-    if not shared or share is None:
+    if share is None:
         return Share([len(rows)], 0)
     if len(rows) != share.sizes[share.rank]:
         raise ValueError(
