@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # before any group is: see below
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from distill.similarity import normalize, row_lengths
 
@@ -52,6 +53,8 @@ class Operator:
         self._operator.register_autograd(_backward, setup_context=_save)
 
     def __call__(self, student: Float[Tensor, "b d"], *arguments: Any) -> Float[Tensor, ""]:
+        if not torch.compiler.is_compiling() and unpack_dual(student).tangent is not None:
+            raise RuntimeError("distill's losses have no forward-mode derivative, jvp or jacfwd. Take backward's.")
         with_gradient = student.requires_grad and torch.is_grad_enabled()
         fixed = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
         return self._operator(student, *fixed, with_gradient)[0]
@@ -202,13 +205,15 @@ class UnitRows:
 def _unit_rows(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n d"]]:
     """1 / length of each row, 0 for a zero row, and the unit rows; not on CUDA."""
     inverse = _inverse_lengths(raw, dtype)
-    return inverse, _scaled(raw, inverse, dtype) if _are_ordinary(inverse) else normalize(raw).to(dtype)
+    if _are_ordinary(inverse):
+        return inverse, _scaled(raw, inverse, dtype)
+    return inverse, normalize(raw.to(torch.promote_types(raw.dtype, dtype))).to(dtype)
 
 
 def _inverse_lengths(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> Float[Tensor, "n 1"]:
-    """0 for a zero row; on CUDA float64, where the squares of float32 neither vanish nor overflow.
+    """0 for a zero row; on CUDA float64, where neither the squares nor the lengths of float32 vanish or overflow.
 
-    Elsewhere lengths whose squares do are found again, at ten times the cost; on CUDA, looking for them would wait for the device.
+    Elsewhere rows where they do are measured again, at ten times the cost; on CUDA, looking for them would wait for the device.
     """
     if raw.is_cuda and raw.dtype != torch.float64:
         lengths = torch.linalg.vector_norm(raw.float(), dim=-1, keepdim=True, dtype=torch.float64)
@@ -218,15 +223,15 @@ def _inverse_lengths(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> Float[Te
         inverse = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).reciprocal_()
         if _are_ordinary(inverse):
             return inverse
-    lengths = row_lengths(rows)
-    return lengths.masked_fill(lengths == 0, torch.inf).reciprocal()
+    lengths = row_lengths(raw.to(exact_dtype(raw)))
+    return lengths.masked_fill(lengths < torch.finfo(working_dtype(raw)).tiny, torch.inf).reciprocal()
 
 
 def _scaled(raw: Shaped[Tensor, "n d"], factors: Float[Tensor, "n 1"], dtype: torch.dtype) -> Float[Tensor, "n d"]:
     """Rows times their factors. On CUDA the product is float64 where a factor is, and rounded once, in one kernel."""
     if raw.is_cuda:
         return torch.mul(raw, factors, out=raw.new_empty(raw.shape, dtype=dtype))
-    return raw.to(dtype) * factors
+    return (raw.to(dtype) * factors).to(dtype)
 
 
 def _are_ordinary(inverse: Float[Tensor, "n 1"]) -> bool:
