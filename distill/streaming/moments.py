@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.streaming.engine import Share, exact_dtype, operator, share_of, tiles, working_dtype
-from distill.streaming.joint import Joint, Rows, add_moments, mirrored, moment_dtype, new_buffer
+from distill.streaming.joint import Joint, Rows, mirrored, moment_dtype, new_buffer, sum_of_moments
 
 # What the symmetric moments cost of a whole product: 6 of 9 blocks at width 768, 21 of 36 at 1536.
 SYMMETRIC = 0.6
@@ -107,14 +107,11 @@ def cross_mse(student: Tensor, teacher: Tensor, bank: Tensor | None, with_gradie
 
 def _column_moments(share: Share, teacher: Tensor, bank: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "d d"]:
     """Of everyone's teacher rows and the bank, which all processes have: each takes its part of it."""
-    total = teacher.new_zeros((teacher.shape[1], teacher.shape[1]), dtype=dtype)
     processes, own = len(share.sizes), [teacher]
     if bank is not None:
         own.append(bank[len(bank) * share.rank // processes : len(bank) * (share.rank + 1) // processes])
-    for rows in own:
-        for tile in Rows(rows).tiles(dtype):
-            add_moments(total, tile)
-    return mirrored(share.sum(total))
+    some = (tile for rows in own for tile in Rows(rows).tiles(dtype))
+    return mirrored(share.sum(sum_of_moments(teacher, teacher.shape[1], some, dtype))).to(dtype)
 
 
 def _cross_mse_direct(
