@@ -1,7 +1,7 @@
 """Sums of losses whose weights may follow the run's progress, and one loss at several widths."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 
@@ -112,8 +112,9 @@ class WeightedSum(nn.Module):
 class Matryoshka(nn.Module):
     """The same loss at nested widths: a vector's first entries are to be a vector of their own.
 
-    Equals the sum over widths w of weight * loss(student[:, :w], teacher[:, :w], bank[:, :w]); without `weights`,
-    one for each width or by width, every width counts 1. The loss must normalise inside, as all of distill's do: the cut rows then have length 1 on both sides.
+    Equals the sum over widths w of weight * loss(student[:, :w], teacher[:, :w], bank[:, :w]); `weights` are in
+    the order of the widths, or by width; without them every width counts 1. The loss must normalise inside, as all of
+    distill's do: the cut rows then have length 1 on both sides.
     A teacher of another width than the student's stays whole, for losses that allow it (relational ones).
     Costs the loss once a width. Kusupati et al. 2022.
     """
@@ -128,13 +129,12 @@ class Matryoshka(nn.Module):
         weights: Sequence[float] | Mapping[int, float] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(widths, Sequence) or not all(isinstance(width, Integral) for width in widths):
+        chosen = tuple(widths) if isinstance(widths, Iterable) else (None,)
+        if not all(isinstance(width, Integral) for width in chosen):
             raise TypeError(f"Matryoshka takes widths as whole numbers, such as (64, 128, 256), got {widths!r}.")
-        if isinstance(weights, Mapping) and weights.keys() != set(widths):
-            raise ValueError(
-                f"Matryoshka has widths {tuple(widths)} and weights of {[*weights]}. Give each width its weight."
-            )
-        self.loss, self.widths = loss, tuple(map(int, widths))
+        if isinstance(weights, Mapping) and weights.keys() != set(chosen):
+            raise ValueError(f"Matryoshka has widths {chosen} and weights of {[*weights]}. Give each width its weight.")
+        self.loss, self.widths = loss, tuple(map(int, chosen))
         if isinstance(weights, Mapping):
             weights = [weights[width] for width in self.widths]
         self.weights = (1.0,) * len(self.widths) if weights is None else tuple(weights)

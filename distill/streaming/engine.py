@@ -65,7 +65,7 @@ def operator(compute: Callable[..., tuple[Tensor, Tensor]]) -> Operator:
 
     `value` is a scalar; `gradient` is that of the rows of `student` as they came in, or has 0 rows if it was not asked
     for. Both are float32, float64 where the student is. Only the student gets a gradient, and that has none itself:
-    a second derivative raises RuntimeError.
+    a second derivative raises RuntimeError, and so does forward mode.
     """
     return Operator(compute)
 
