@@ -7,7 +7,9 @@ constants. No collective runs backward either way.
 """
 
 import gc
+import inspect
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -131,6 +133,7 @@ def gather_rows(rows: Shaped[Tensor, "b *d"], sizes: Sequence[int] | None = None
     return engine.gather_rows(rows, _sizes(rows) if sizes is None else sizes)
 
 
+@torch.compiler.disable(reason="what a loss exchanges depends on the share that is in force when it runs")
 def global_loss(
     loss: Callable[..., Float[Tensor, ""]],
     student: Float[Tensor, "b d"],
@@ -148,9 +151,10 @@ def global_loss(
     loss of all rows on every process.
     """
     columns: dict[str, Tensor | None] = {}
-    if bank is not None and not getattr(loss, "uses_bank", False):
+    lost = "a bank" if bank is not None else "keys" if keys is not None and _takes_keys(loss) else None
+    if lost and not getattr(loss, "uses_bank", False):
         raise ValueError(
-            f"global_loss got a bank for {getattr(loss, '__name__', type(loss).__name__)}, which has no `uses_bank`. Give "
+            f"global_loss got {lost} for {getattr(loss, '__name__', type(loss).__name__)}, which has no `uses_bank`. Give "
             "the Module of a loss that takes one: CrossKL(), not cross_kl."
         )
     if getattr(loss, "uses_bank", False):
@@ -209,11 +213,26 @@ def lost_another(error: RuntimeError) -> bool:
     return world_size() > 1 and any(sign in str(error) for sign in signs)
 
 
+def _takes_keys(loss: Callable[..., object]) -> bool:
+    try:
+        return "keys" in inspect.signature(getattr(loss, "forward", loss)).parameters
+    except (TypeError, ValueError):  # some of torch's own functions do not tell
+        return False
+
+
 def _sizes(rows: Tensor) -> list[int]:
-    mine = torch.tensor([len(rows)], device=rows.device)
-    sizes = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(sizes, mine)
-    return [int(size) for size in sizes]
+    """Of all processes. Rows of another dtype or shape would be read as other numbers, or never arrive."""
+    kind = zlib.crc32(repr((rows.dtype, rows.shape[1:])).encode())
+    mine = torch.tensor([len(rows), kind], device=rows.device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    sizes, kinds = torch.stack(everyone).T.tolist()
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            f"processes share rows of one dtype and width, got {rows.dtype} {tuple(rows.shape)} on process {rank()} and "
+            "something else on another. Run the same model in the same precision on all."
+        )
+    return sizes
 
 
 def finish() -> None:

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import pack, rearrange, unpack
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.similarity import check_pairs, cosine_similarity_matrix, normalize, pairwise_cosine
+from distill.similarity import check_pairs, check_tensor, cosine_similarity_matrix, normalize, pairwise_cosine
 
 HELD_OUT_ROWS = 4096
 RIDGES = tuple(10.0**exponent for exponent in range(-7, 2))
@@ -64,6 +65,15 @@ class CosineLinear(nn.Module):
 
         Other classes keep theirs, and so does a class whose embeddings cancel out. Qi et al. 2018.
         """
+        for name, value in {"embeddings": embeddings, "labels": labels}.items():
+            check_tensor("imprint", value, name)
+        if embeddings.shape[1:] != (self.in_features,) or not embeddings.isfinite().all():
+            raise ValueError(
+                f"imprint takes finite embeddings of width {self.in_features}, got {tuple(embeddings.shape)}. Leave out "
+                "those with NaN or infinite entries: they have no direction."
+            )
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(f"imprint takes labels as numbers of classes, got {labels.dtype}. Give labels.long().")
         if labels.shape != embeddings.shape[:1] or not ((labels >= 0) & (labels < self.out_features)).all():
             raise ValueError(
                 f"imprint needs one label in 0..{self.out_features - 1} for each of {len(embeddings)} embeddings, got "
@@ -78,7 +88,8 @@ class CosineLinear(nn.Module):
     def add_classes(self, n: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Append n classes; the weights of the others, and what `optimizer` knows about them, stay exactly as they are.
 
-        The parameter stays the same object; its state in the optimizer is padded by zero rows. Wrap in DDP after this.
+        The parameter stays the same object; its state in the optimizer is padded by zero rows. On several processes drop
+        the step before, and DDP, before this, and wrap in DDP after it: ValueError else.
         """
         if n < 1:
             raise ValueError(f"add_classes needs at least one class, got {n}.")
@@ -87,12 +98,12 @@ class CosineLinear(nn.Module):
                 "add_classes got an optimizer that does not hold this head's weight: give it the right one."
             )
         new = _uniform_rows(n * self.nb_proxy, self.in_features).to(self.weight)
+        old = self.weight.shape
+        _grow(self.weight, new)
         state = {} if optimizer is None else optimizer.state.get(self.weight, {})
         for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == self.weight.shape:
+            if torch.is_tensor(value) and value.shape == old:
                 state[name] = torch.cat([value, torch.zeros_like(new, dtype=value.dtype)])
-        self.weight.grad = None
-        self.weight.data = torch.cat([self.weight.data, new])
         self.out_features += n
 
     def extra_repr(self) -> str:
@@ -100,6 +111,32 @@ class CosineLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, nb_proxy={self.nb_proxy}, "
             f"to_reduce={self.to_reduce}, sigma={self.sigma is not None}, gamma={self.gamma}"
         )
+
+
+def _grow(weight: nn.Parameter, new: Float[Tensor, "n d"]) -> None:
+    """Append rows to the data. Whatever still holds the graph of an earlier step holds a node that expects the old shape.
+
+    torch gives a parameter another node once its dtype changes, not its shape: so it does, and back. DDP hooks the node
+    that it found, and would exchange nothing from then on: where it might, that is refused.
+    """
+    before = weight.data
+    weight.grad, weight.data = None, torch.cat([before, new])
+    if _node_has_old_shape(weight) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        weight.data = before
+        raise ValueError(
+            "add_classes found the weight in the graph of an earlier step, or in DDP, which would exchange its gradients "
+            "no more. Drop both before (del loss, ddp), and wrap the head in DDP after it."
+        )
+    after = weight.data
+    weight.data = after.to(torch.float32 if after.dtype == torch.float64 else torch.float64)
+    weight.data = after
+
+
+def _node_has_old_shape(weight: nn.Parameter) -> bool:
+    if not weight.requires_grad:
+        return False
+    [expected] = torch.autograd.graph.get_gradient_edge(weight).node._input_metadata
+    return tuple(expected.shape) != tuple(weight.shape)
 
 
 def reduce_proxies(scores: Float[Tensor, "*rows cp"], nb_proxy: int, *, gamma: float = 1.0) -> Float[Tensor, "*rows c"]:
@@ -218,9 +255,10 @@ def _normal_equations(batches: Iterable[tuple[Tensor, Tensor]], hold_out: bool) 
         raise ValueError(
             f"Projection.ridge chooses ridge on every tenth row, got {seen} rows. Give more, or ridge=1e-3."
         )
-    if not seen or not (gram.isfinite().all() and cross.isfinite().all()):
+    held_rows = [torch.cat(rows) for rows in zip(*held, strict=True)]
+    if not seen or not all(part.isfinite().all() for part in (gram, cross, *held_rows)):
         raise ValueError(f"Projection.ridge needs rows without NaN or infinity, got {seen} rows.")
-    return gram, cross, [torch.cat(rows) for rows in zip(*held, strict=True)]
+    return gram, cross, held_rows
 
 
 def _products(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,10 +76,10 @@ def top_k_neighbours(
     as many as keep that piece of the matrix under 64 MB.
     """
     check_widths("top_k_neighbours", queries, corpus)
-    _check_search(queries, corpus, k, exclude_self)
+    _check_search(queries, corpus, k, exclude_self, chunk)
     chunk = chunk or max(1, 2**24 // len(corpus))
     unit, columns, found = normalize(queries), normalize(corpus), []
-    for start in range(0, len(queries), chunk):
+    for start in range(0, max(1, len(queries)), chunk):  # no queries have one empty piece
         scores = _products(unit[start : start + chunk], columns)
         if exclude_self:
             scores.diagonal(start).fill_(-torch.inf)
@@ -112,7 +112,7 @@ def _first_of_equals(scores: Float[Tensor, "q n"], last: Float[Tensor, "q 1"], k
     return rearrange(keep.nonzero()[:, 1], "(q k) -> q k", k=k)
 
 
-def _check_search(queries: Tensor, corpus: Tensor, k: int, exclude_self: bool) -> None:
+def _check_search(queries: Tensor, corpus: Tensor, k: int, exclude_self: bool, chunk: int | None) -> None:
     if exclude_self and len(queries) != len(corpus):
         raise ValueError(
             f"top_k_neighbours(exclude_self=True) takes query i for corpus row i, got {len(queries)} queries and "
@@ -120,6 +120,8 @@ def _check_search(queries: Tensor, corpus: Tensor, k: int, exclude_self: bool) -
         )
     if not 1 <= k <= len(corpus) - exclude_self:
         raise ValueError(f"top_k_neighbours needs 1 <= k <= {len(corpus) - exclude_self} corpus rows, got k={k}.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"top_k_neighbours scores at least one query at a time, got chunk={chunk}. None chooses.")
     if not (queries.isfinite().all() and corpus.isfinite().all()):
         raise ValueError("top_k_neighbours got vectors with NaN or infinite entries: they have no order. Remove them.")
 
@@ -135,28 +137,57 @@ def evenly_spaced(count: int, most: int) -> list[int]:
     return [place * count // chosen for place in range(chosen)]
 
 
-def check_widths(caller: str, student: Tensor, other: Tensor, role: str = "teacher") -> None:
+def check_widths(caller: str, student: Tensor, teacher: Tensor) -> None:
     """Two matrices of one width, or a message that shows both and the way out."""
-    _check_matrix(caller, student, "student")
-    _check_matrix(caller, other, role)
-    if student.shape[-1] != other.shape[-1]:
+    _check_matrices(caller, student, teacher)
+    if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(
-            f"{caller} compares vectors of one width, got student {tuple(student.shape)} and {role} "
-            f"{tuple(other.shape)}. Lead the student to width {other.shape[-1]}: an Encoder by students.lead_to(encoder, "
-            f"{other.shape[-1]}), vectors in a loop of your own by torch.nn.Linear({student.shape[-1]}, {other.shape[-1]}). Or "
+            f"{caller} compares vectors of one width, got student {tuple(student.shape)} and teacher "
+            f"{tuple(teacher.shape)}. Lead the student to width {teacher.shape[-1]}: an Encoder by students.lead_to(encoder, "
+            f"{teacher.shape[-1]}), vectors in a loop of your own by torch.nn.Linear({student.shape[-1]}, {teacher.shape[-1]}). Or "
             "use gram_mse or gram_kl, which allow different widths."
         )
 
 
 def check_pairs(caller: str, student: Tensor, teacher: Tensor) -> None:
     """Two matrices with as many rows: (b, d) beside (1, d) would broadcast silently."""
-    _check_matrix(caller, student, "student")
-    _check_matrix(caller, teacher, "teacher")
+    _check_matrices(caller, student, teacher)
     if len(student) != len(teacher):
         raise ValueError(
             f"{caller} pairs row i of the student with row i of the teacher, got student {tuple(student.shape)} and "
             f"teacher {tuple(teacher.shape)}. Give both the same texts, in the same order."
         )
+
+
+def check_bank(caller: str, teacher: Tensor, bank: Tensor) -> None:
+    """Further rows of the teacher's space, where the teacher's are."""
+    check_matrix(caller, bank, "bank")
+    check_device(caller, "bank", bank, teacher)
+    if bank.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            f"{caller} takes a bank of the teacher's vectors, got bank {tuple(bank.shape)} beside teacher "
+            f"{tuple(teacher.shape)}, of another width. Give vectors of one teacher, cut alike."
+        )
+
+
+def check_device(caller: str, role: str, tensor: Tensor, other: Tensor) -> None:
+    """One device for all: a custom operator asks nobody, and computes with memory that nobody wrote."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{caller} computes on one device, got {role} on {tensor.device} and other tensors on {other.device}. "
+            f'Give {role}.to("{other.device}").'
+        )
+
+
+def check_matrix(caller: str, matrix: Tensor, role: str) -> None:
+    """Rows of floating point numbers."""
+    check_tensor(caller, matrix, role)
+    if not (matrix.is_floating_point() and matrix.shape[-1:] != (0,)):
+        raise ValueError(
+            f"{caller} takes {role} as vectors of floating point numbers, got {matrix.dtype} {tuple(matrix.shape)}."
+        )
+    if matrix.ndim != 2:
+        raise ValueError(f"{caller} expects {role} as rows of vectors (rows, width), got shape {tuple(matrix.shape)}.")
 
 
 def check_tensor(caller: str, value: object, role: str) -> None:
@@ -168,11 +199,7 @@ def check_tensor(caller: str, value: object, role: str) -> None:
         )
 
 
-def _check_matrix(caller: str, matrix: Tensor, role: str) -> None:
-    check_tensor(caller, matrix, role)
-    if not (matrix.is_floating_point() and matrix.shape[-1:] != (0,)):
-        raise ValueError(
-            f"{caller} takes {role} as vectors of floating point numbers, got {matrix.dtype} {tuple(matrix.shape)}."
-        )
-    if matrix.ndim != 2:
-        raise ValueError(f"{caller} expects {role} as rows of vectors (rows, width), got shape {tuple(matrix.shape)}.")
+def _check_matrices(caller: str, student: Tensor, teacher: Tensor) -> None:
+    check_matrix(caller, student, "student")
+    check_matrix(caller, teacher, "teacher")
+    check_device(caller, "teacher", teacher, student)

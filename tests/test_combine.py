@@ -183,6 +183,32 @@ def test_every_width_has_a_weight_above_zero(weights: list[float]) -> None:
         Matryoshka(losses.CosineDistance(), [4, 8], weights)
 
 
+def test_a_weight_may_be_given_by_width() -> None:
+    student, teacher = rows(), rows()
+    by_width = Matryoshka(losses.CosineDistance(), [8, 4], {4: 0.5, 8: 2.0})
+    assert by_width.weights == (2.0, 0.5)
+    assert torch.equal(
+        by_width(student, teacher), Matryoshka(losses.CosineDistance(), [8, 4], [2.0, 0.5])(student, teacher)
+    )
+    with pytest.raises(ValueError, match=r"widths \(4, 8\) and weights of \[4, 6\]"):
+        Matryoshka(losses.CosineDistance(), [4, 8], {4: 1.0, 6: 1.0})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_matryoshka_says_what_does_not_fit() -> None:
+    for widths in (4, (2.0, 4.0), "48"):
+        with pytest.raises(TypeError, match=r"widths as whole numbers, such as \(64, 128, 256\)"):
+            Matryoshka(losses.CosineDistance(), widths)  # type: ignore[arg-type]
+    nested, student, teacher = Matryoshka(losses.CrossKL(), (2, 4)), rows(), rows()
+    for width in (7, 9):
+        with pytest.raises(ValueError, match=rf"bank \(5, {width}\) beside teacher \(5, 8\), of another width"):
+            nested(student, teacher, rows(width))
+    with pytest.raises(ValueError, match=r"Matryoshka expects student as rows of vectors"):
+        nested(student[0], teacher[0])
+    with pytest.raises(TypeError, match=r"Matryoshka takes teacher as a torch\.Tensor"):
+        nested(student, teacher.numpy())
+
+
 def test_a_width_above_the_students_is_refused() -> None:
     with pytest.raises(ValueError, match=r"widths \(4, 16\) and got student \(5, 8\): none can be above 8"):
         Matryoshka(losses.CosineDistance(), [4, 16])(rows(), rows())
@@ -227,3 +253,5 @@ def test_a_bank_that_nothing_uses_is_refused() -> None:
 def test_terms_have_names() -> None:
     with pytest.raises(TypeError, match=r'losses by name, \{"twin": CosineDistance\(\)\}, got list'):
         WeightedSum([CosineDistance()])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r'weights by name, \{"twin": 1\.0\}, got list'):
+        WeightedSum({"twin": CosineDistance()}, [1.0])  # type: ignore[arg-type]

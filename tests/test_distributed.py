@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import processes
 import pytest
 import torch
@@ -225,6 +227,28 @@ def only_the_first_wants_a_gradient() -> None:
         assert distributed.global_loss(make(), student, teacher).isfinite(), name
 
 
+def compiled() -> dict[str, list[float]]:
+    """In one of two processes: value and error of the gradient of what torch.compile made, inside and outside."""
+    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks cannot be compiled
+    data, mine = inputs(torch.float64), slice(0, 5) if distributed.is_main() else slice(5, ROWS)
+    student, teacher = data["texts"], data["teacher"]
+    loss = losses.CrossKL(temperature=0.1)
+    step = torch.compile(lambda rows, twins: distributed.global_loss(loss, rows, twins), backend="eager")
+    own = torch.compile(loss, backend="eager")
+    found = {"expected": [float(loss(student, teacher)), 0.0]}
+    alone = {"expected, alone": loss, "alone": own}
+    together = {"step": step, "loss": lambda rows, twins: distributed.global_loss(own, rows, twins)}
+    for name, function in {**alone, **together, "alone, again": own, "loss, again": together["loss"]}.items():
+        leaf, whole = (rows.clone().requires_grad_() for rows in (student[mine], student))
+        value = function(leaf, teacher[mine])
+        value.backward()
+        of_all = name in ("step", "loss", "loss, again")
+        expected = 2 * loss(whole, teacher) if of_all else loss(whole[mine], teacher[mine])
+        expected.backward()
+        found[name] = [float(value), float((leaf.grad - whole.grad[mine]).abs().max())]
+    return found
+
+
 def everything(sizes: list[list[int]]) -> dict[str, Any]:
     only_the_first_wants_a_gradient()
     return {"errors": worst_errors(sizes), "collectives": collectives()}
@@ -274,10 +298,41 @@ def test_collectives(spawned: list[dict[str, Any]]) -> None:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_a_compiled_loss_is_that_of_the_global_batch_inside_and_of_its_own_rows_outside(tmp_path: Path) -> None:
+    for found in processes.run(compiled, 2, tmp_path):
+        assert max(error for _, error in found.values()) < 1e-12
+        for name in ("step", "loss", "loss, again"):
+            assert found[name][0] == pytest.approx(found["expected"][0], rel=1e-12)
+        for name in ("alone", "alone, again"):
+            assert found[name][0] == pytest.approx(found["expected, alone"][0], rel=1e-12)
+
+
 def test_a_bank_for_a_function_is_refused_rather_than_dropped() -> None:
     rows = torch.randn(3, 2)
     with pytest.raises(ValueError, match=r"cross_kl, which has no `uses_bank`.* CrossKL\(\), not cross_kl"):
         distributed.global_loss(losses.cross_kl, rows, rows, bank=rows)
+
+
+def test_keys_for_a_function_that_takes_them_are_refused_rather_than_dropped() -> None:
+    rows, keys = torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)
+    for loss in (losses.cross_kl, partial(losses.cross_kl, temperature=0.1)):
+        with pytest.raises(ValueError, match=r"got keys for .* which has no `uses_bank`"):
+            distributed.global_loss(loss, rows, rows, keys=keys)
+    for loss in (losses.gram_mse, losses.GramMSE(), torch.nn.functional.mse_loss, torch.dist):
+        distributed.global_loss(loss, rows, rows, keys=keys)  # same texts are nothing that these could leave out
+
+
+def other_rows() -> list[str]:
+    """In one of two processes: what is said of rows of another dtype, and of another width."""
+    dtype, width = (torch.float32, 4) if distributed.is_main() else (torch.float64, 5)
+    teacher = torch.randn(3, 6)
+    students = torch.randn(3, 4, dtype=dtype), torch.randn(3, width)
+    return [_message(lambda: distributed.global_loss(losses.GramMSE(), rows, teacher)) for rows in students]  # noqa: B023
+
+
+def test_students_of_another_dtype_or_width_are_refused_on_every_process(tmp_path: Path) -> None:
+    for found in processes.run(other_rows, 2, tmp_path):
+        assert all("ValueError: processes share rows of one dtype and width, got torch.float" in said for said in found)
 
 
 def test_one_process_needs_no_group() -> None:

@@ -1,12 +1,18 @@
 """CosineLinear against the formula its users know, and what they stumble over; Projection against least squares."""
 
+import gc
 import math
+from pathlib import Path
+from typing import Any
 
+import processes
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from oracles import cosine_linear
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from distill.heads import CosineLinear, Projection, classification_loss, parameter_groups, reduce_proxies
 from distill.similarity import pairwise_cosine
@@ -103,6 +109,22 @@ def test_imprint_sets_the_mean_direction_and_leaves_other_classes() -> None:
         head.imprint(embeddings, labels + 2)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_imprint_refuses_what_has_no_direction_or_no_class() -> None:
+    head, embeddings, labels = CosineLinear(8, 4), torch.randn(6, 8), torch.arange(6) % 3
+    before = head.weight.detach().clone()
+    for wrong in (embeddings * torch.nan, embeddings / 0, embeddings[:, :7], embeddings[0]):
+        with pytest.raises(ValueError, match="imprint takes finite embeddings of width 8"):
+            head.imprint(wrong, labels)
+    with pytest.raises(TypeError, match=r"numbers of classes, got torch\.float32"):
+        head.imprint(embeddings, labels.float())
+    with pytest.raises(TypeError, match=r"labels as a torch\.Tensor, got builtins\.list"):
+        head.imprint(embeddings, labels.tolist())
+    with pytest.raises(TypeError, match=r"embeddings as a torch\.Tensor, got numpy"):
+        head.imprint(embeddings.numpy(), labels)
+    assert torch.equal(head.weight, before)
+
+
 def test_imprint_finds_the_clusters_of_a_class_and_is_deterministic() -> None:
     centres = torch.eye(6)
     labels = torch.arange(6).repeat(10) // 3  # class 0 lives around axes 0..2, class 1 around 3..5
@@ -150,6 +172,52 @@ def test_add_classes_keeps_weights_and_optimizer_state_and_then_trains(build) ->
     before = head.weight.detach().clone()
     optimizer.step()
     assert not torch.equal(head.weight[8:], before[8:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loop_that_still_holds_the_loss_of_the_step_before_goes_on(dtype: torch.dtype) -> None:
+    head = CosineLinear(8, 3).to(dtype)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1)
+    for classes in (3, 5, 9):
+        if classes > 3:
+            head.add_classes(classes - head.out_features, optimizer)
+        for _ in range(2):
+            loss = classification_loss(head(torch.randn(16, 8, dtype=dtype)), torch.randint(classes, (16,)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss.isfinite()
+        assert (head.weight.dtype, head.weight.grad.shape) == (dtype, (classes, 8))
+
+
+def grown_in_ddp() -> list[Any]:
+    """In one of two processes: what add_classes says to a head in DDP, and whether it then is exchanged in a new one."""
+    head = CosineLinear(8, 3)
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    wrapped = DistributedDataParallel(head)
+    classification_loss(wrapped(torch.randn(4, 8, generator=draw)), torch.randint(3, (4,))).backward()
+    before = head.weight.detach().clone()
+    try:
+        head.add_classes(2)
+        message = "nothing"
+    except ValueError as error:
+        message = str(error)
+    unchanged = torch.equal(head.weight, before) and head.out_features == 3
+    del wrapped
+    gc.collect()
+    torch.manual_seed(5)
+    head.add_classes(2)
+    wrapped = DistributedDataParallel(head)
+    classification_loss(wrapped(torch.randn(4, 8, generator=draw)), torch.randint(5, (4,))).backward()
+    return [message, unchanged, head.weight.grad.tolist()]
+
+
+def test_a_head_in_ddp_grows_only_outside_of_it(tmp_path: Path) -> None:
+    one, two = processes.run(grown_in_ddp, 2, tmp_path)
+    assert one == two
+    assert "Drop both before (del loss, ddp)" in one[0]
+    assert one[1]
+    assert len(one[2]) == 5
 
 
 def test_add_classes_refuses_another_optimizer_and_nothing_to_add() -> None:
@@ -235,6 +303,13 @@ def test_ridge_refuses_what_it_cannot_solve() -> None:
         Projection.ridge(student, teacher[:8])
     with pytest.raises(ValueError, match="NaN"):
         Projection.ridge(student * torch.nan, teacher, ridge=0.1)
+    student, teacher = pairs(30)
+    for row in (8, 9, 19):  # every tenth is held out
+        for side in (0, 1):
+            sides = student.clone(), teacher.clone()
+            sides[side][row, 0] = torch.inf if row == 19 else torch.nan
+            with pytest.raises(ValueError, match="without NaN or infinity, got 30 rows"):
+                Projection.ridge(*sides)
     with pytest.raises(ValueError, match=r"at least 0, got -1\.0"):
         Projection.ridge(student, teacher, ridge=-1.0)
     with pytest.raises(ValueError, match="got 0 rows"):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -349,7 +350,9 @@ def test_other_widths_are_refused_with_the_way_out(case: Case) -> None:
     ):
         case(student[:, :7], teacher)
     if case.crosses:
-        with pytest.raises(ValueError, match=rf"{case.function} .*bank \(9, 1\).*lead_to"):
+        with pytest.raises(
+            ValueError, match=rf"{case.function} .*bank \(9, 1\) beside teacher \(4, 8\).*of one teacher"
+        ):
             case(student, teacher, torch.ones(9, 1))
 
 
@@ -380,6 +383,41 @@ def test_temperatures_are_above_zero(case: Case, temperature: float) -> None:
             case.loss(student, teacher, **{name: temperature})
         with pytest.raises(ValueError, match=rf"{case.module} divides cosines by {name}"):
             getattr(losses, case.module)(**{name: temperature})
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "_kl" in c.function or "contrastive" in c.function], ids=str)
+@pytest.mark.usefixtures("unchecked")
+def test_temperatures_are_numbers(case: Case) -> None:
+    student, teacher = inputs(case, 4)
+    for temperature in (None, "0.05"):
+        with pytest.raises(TypeError, match=rf"{case.function} takes temperature as a number, got {temperature!r}"):
+            case.loss(student, teacher, temperature=temperature)
+    assert torch.equal(
+        case.loss(student, teacher, temperature=np.float64(0.5)), case.loss(student, teacher, temperature=0.5)
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_anchors_are_a_number_of_rows() -> None:
+    for make in (
+        losses.RKDAngle,
+        lambda anchors: losses.rkd_angle(torch.randn(4, 3), torch.randn(4, 3), anchors=anchors),
+    ):
+        with pytest.raises(TypeError, match=r"anchors as a whole number of rows, got 2\.5"):
+            make(anchors=2.5)
+
+
+@every_loss
+def test_tensors_on_another_device_are_refused(case: Case) -> None:
+    student, teacher = inputs(case, 4)
+    with pytest.raises(ValueError, match=rf"{case.function} computes on one device, got teacher on meta .* on cpu"):
+        case(student, teacher.to("meta"))
+    if case.crosses:
+        extra = columns(case, 4)
+        for name in extra:
+            with pytest.raises(ValueError, match=rf"got {name} on meta"):
+                case(student, teacher, **extra | {name: extra[name].to("meta")})
+    assert case(student.to("meta"), teacher.to("meta")).device.type == "meta"
 
 
 @every_loss

@@ -216,6 +216,7 @@ def test_a_key_is_that_of_the_tokens_wherever_the_padding_stands() -> None:
     assert len(set(right.tolist())) == 3
     assert torch.equal(flat, right)
     assert torch.equal(token_keys(padded_left), right[:1])
+    assert torch.equal(token_keys({"input_ids": ids.int(), "attention_mask": mask.int()}), right)
     with pytest.raises(ValueError, match="input_ids beside an attention_mask or offsets, got"):
         token_keys({"input_ids": ids})
 

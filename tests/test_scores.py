@@ -127,10 +127,10 @@ def test_the_student_alone_gets_a_gradient(case: Case) -> None:
 
 def test_a_second_derivative_is_refused_not_wrong() -> None:
     student, teacher = inputs(3, 4)
-    student.requires_grad_()
-    (first,) = torch.autograd.grad(score_kl(student, teacher), student, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        first.sum().backward()
+    value = score_kl(student.requires_grad_(), teacher)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value, student, create_graph=True)
+    assert torch.autograd.gradgradcheck(lambda s: margin_mse(s, teacher), (student,))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.zero_at_teacher], ids=str)
@@ -272,6 +272,20 @@ def test_what_would_broadcast_is_refused(case: Case) -> None:
     for empty in (student[:0], student[:, :0]):
         with pytest.raises(ValueError, match=r"at least one of each.*-inf"):
             case(empty, empty)
+
+
+@every_loss
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_tensor_or_elsewhere_is_refused(case: Case) -> None:
+    student, teacher = inputs(4, 3)
+    with pytest.raises(
+        TypeError, match=rf"{case.function} takes teacher scores as a torch\.Tensor, got numpy\.ndarray"
+    ):
+        case(student, teacher.numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"student scores as a torch\.Tensor, got builtins\.list"):
+        case(student.tolist(), teacher)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"one device, got teacher on meta"):
+        case(student, teacher.to("meta"))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])

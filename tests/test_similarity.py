@@ -113,6 +113,11 @@ def test_rows_with_and_without_ties_at_the_last_place_stand_side_by_side() -> No
         assert torch.equal(scores, expected.values[:, :k])
 
 
+def test_no_queries_have_no_neighbours() -> None:
+    scores, indices = top_k_neighbours(torch.randn(0, 3), torch.randn(5, 3), 2)
+    assert (scores.shape, indices.shape, indices.dtype) == ((0, 2), (0, 2), torch.int64)
+
+
 def test_shapes_in_signatures_are_checked_in_tests() -> None:
     with pytest.raises(TypeCheckError):
         pairwise_cosine(torch.randn(2, 3), torch.randn(1, 3))
@@ -132,5 +137,8 @@ def test_errors_show_what_came_and_the_way_out() -> None:
         top_k_neighbours(torch.randn(4, 3), torch.randn(4, 3), 4, exclude_self=True)
     with pytest.raises(ValueError, match="2 queries and 4 corpus rows"):
         top_k_neighbours(torch.randn(2, 3), torch.randn(4, 3), 1, exclude_self=True)
+    for chunk in (0, -1):
+        with pytest.raises(ValueError, match=f"at least one query at a time, got chunk={chunk}"):
+            top_k_neighbours(torch.randn(2, 3), torch.randn(4, 3), 1, chunk=chunk)
     with pytest.raises(ValueError, match="NaN or infinite"):
         top_k_neighbours(torch.full((1, 3), torch.nan), torch.randn(4, 3), 1)

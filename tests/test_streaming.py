@@ -95,6 +95,18 @@ def test_a_second_derivative_is_refused(case: Case) -> None:
         torch.autograd.grad(value, student, create_graph=True)
 
 
+@every_loss
+@pytest.mark.usefixtures("unchecked")
+def test_a_forward_mode_derivative_is_refused(case: Case) -> None:
+    student, teacher = inputs(case, 5)
+    for derivative in (
+        lambda loss: torch.func.jvp(loss, (student,), (student,)),
+        lambda loss: torch.func.jacfwd(loss)(student),
+    ):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            derivative(lambda rows: case(rows, teacher))
+
+
 def test_a_student_without_gradient_costs_none() -> None:
     student, teacher = torch.randn(50, 8), torch.randn(50, 8)
     with counted() as count:
@@ -194,6 +206,38 @@ def test_rows_of_any_magnitude_count_alike() -> None:
         torch.testing.assert_close(loss(student * powers, teacher * 1e25, bank * 1e-25), loss(plain, teacher, bank))
 
 
+LONG = 3e38 * torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0])
+
+
+@every_loss
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_row_whose_length_float32_cannot_hold_counts_as_any_other(
+    case: Case, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = inputs(case, 6, torch.float32)
+    student[2] = LONG
+    if not kept:
+        monkeypatch.setattr(engine, "KEPT", 0)
+    shorter = student.clone()
+    shorter[2] /= 1e38
+    torch.testing.assert_close(case(student, teacher), case(shorter, teacher))
+    found, expected = (gradient(lambda rows: case(rows, teacher), rows) for rows in (student, shorter))
+    others = torch.arange(6) != 2
+    torch.testing.assert_close(found[others], expected[others])
+
+
+@every_loss
+@pytest.mark.parametrize("row", [0.0, 1e-30, 1e30])
+def test_a_row_of_any_length_leaves_a_wider_students_digits(case: Case, row: float) -> None:
+    student, teacher = inputs(case, 6, torch.float64)
+    teacher = teacher.float()
+    teacher[3] *= row
+    extra = columns(case, 6, dtype=torch.float32)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in extra.items()}
+    exact = case(student, teacher.double(), **wide)
+    torch.testing.assert_close(case(student, teacher, **extra), exact, rtol=1e-12, atol=1e-13)
+
+
 def test_a_false_negative_by_the_teachers_own_cosine_is_no_negative() -> None:
     teacher = F.normalize(torch.randn(5, 8, dtype=torch.float64))
     student = torch.randn(5, 8, dtype=torch.float64)
@@ -246,7 +290,7 @@ def _operators_opened() -> Iterator[None]:
         wanted = student.requires_grad and torch.is_grad_enabled()
         with torch.no_grad():
             fixed = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
-            return self.compute(student.detach(), *fixed, engine._in_force.share is not None, wanted)[0]
+            return self.compute(student.detach(), *fixed, wanted)[0]
 
     engine.Operator.__call__ = direct  # type: ignore[method-assign]
     try:

@@ -217,6 +217,12 @@ def test_other_dtypes_meet(name: str) -> None:
         torch.testing.assert_close(value, expected.float())
 
 
+def test_long_banks_of_narrow_vectors_add_up() -> None:
+    student, teacher, bank = torch.randn(16, 8), torch.randn(16, 8), torch.randn(200_000, 8) + 1
+    truth = losses.cross_mse(student.double(), teacher.double(), bank.double())
+    assert abs(losses.cross_mse(student, teacher, bank) - truth) < 1e-5 * truth
+
+
 @every_loss
 def test_a_second_derivative_raises(name: str) -> None:
     student, teacher = rows(6)

@@ -156,13 +156,17 @@ def test_equal_vectors_without_keys_are_refused_where_they_leave_no_temperature(
 @pytest.mark.usefixtures("unchecked")
 def test_widths_and_keys_that_do_not_fit_are_refused() -> None:
     teacher = torch.randn(9, 8)
-    with pytest.raises(ValueError, match=r"one width, got teacher \(9, 8\) and bank \(4, 7\)"):
+    with pytest.raises(ValueError, match=r"bank \(4, 7\) beside teacher \(9, 8\), of another width"):
         calibrate_temperature(teacher, torch.randn(4, 7))
+    with pytest.raises(TypeError, match=r"teacher as a torch\.Tensor, got numpy"):
+        calibrate_temperature(teacher.numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"bank as a torch\.Tensor, got builtins\.list"):
+        calibrate_temperature(teacher, teacher.tolist())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bank_keys without keys"):
         calibrate_temperature(teacher, teacher, bank_keys=torch.arange(9))
     with pytest.raises(ValueError, match=r"integer of keys for each of 9 rows, got torch.int64 \(4,\)"):
         calibrate_temperature(teacher, keys=torch.arange(4))
-    with pytest.raises(ValueError, match=r"integer of bank_keys for each of 0 rows"):
+    with pytest.raises(ValueError, match=r"bank_keys without bank"):
         calibrate_temperature(teacher, keys=torch.arange(9), bank_keys=torch.arange(4))
 
 

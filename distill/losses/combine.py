@@ -1,11 +1,14 @@
 """Sums of losses whose weights may follow the run's progress, and one loss at several widths."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from distill.similarity import check_bank, check_pairs
 
 Schedule = Callable[[float], float]
 
@@ -48,6 +51,8 @@ class WeightedSum(nn.Module):
                 f'WeightedSum takes losses by name, {{"twin": CosineDistance()}}, got {type(terms).__name__}.'
             )
         weights = dict.fromkeys(terms, 1.0) if weights is None else weights
+        if not isinstance(weights, Mapping):
+            raise TypeError(f'WeightedSum takes weights by name, {{"twin": 1.0}}, got {type(weights).__name__}.')
         if not terms or terms.keys() != weights.keys():
             raise ValueError(f"WeightedSum needs a weight for every term, got {[*terms]} and weights {[*weights]}.")
         self.terms = nn.ModuleDict(terms)
@@ -107,8 +112,9 @@ class WeightedSum(nn.Module):
 class Matryoshka(nn.Module):
     """The same loss at nested widths: a vector's first entries are to be a vector of their own.
 
-    Equals the sum over widths w of weight * loss(student[:, :w], teacher[:, :w], bank[:, :w]); without `weights` every
-    width counts 1. The loss must normalise inside, as all of distill's do: the cut rows then have length 1 on both sides.
+    Equals the sum over widths w of weight * loss(student[:, :w], teacher[:, :w], bank[:, :w]); `weights` are in
+    the order of the widths, or by width; without them every width counts 1. The loss must normalise inside, as all of
+    distill's do: the cut rows then have length 1 on both sides.
     A teacher of another width than the student's stays whole, for losses that allow it (relational ones).
     Costs the loss once a width. Kusupati et al. 2022.
     """
@@ -116,9 +122,21 @@ class Matryoshka(nn.Module):
     uses_bank: bool
     runs_on_shares: bool
 
-    def __init__(self, loss: nn.Module, widths: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        loss: nn.Module,
+        widths: Sequence[int],
+        weights: Sequence[float] | Mapping[int, float] | None = None,
+    ) -> None:
         super().__init__()
-        self.loss, self.widths = loss, tuple(widths)
+        chosen = tuple(widths) if isinstance(widths, Iterable) else (None,)
+        if not all(isinstance(width, Integral) for width in chosen):
+            raise TypeError(f"Matryoshka takes widths as whole numbers, such as (64, 128, 256), got {widths!r}.")
+        if isinstance(weights, Mapping) and weights.keys() != set(chosen):
+            raise ValueError(f"Matryoshka has widths {chosen} and weights of {[*weights]}. Give each width its weight.")
+        self.loss, self.widths = loss, tuple(map(int, chosen))
+        if isinstance(weights, Mapping):
+            weights = [weights[width] for width in self.widths]
         self.weights = (1.0,) * len(self.widths) if weights is None else tuple(weights)
         self._check()
         self.uses_bank, self.runs_on_shares = _uses_bank(loss), _runs_on_shares(loss)
@@ -148,7 +166,10 @@ class Matryoshka(nn.Module):
         keys: Int[Tensor, "b"] | None = None,
         bank_keys: Int[Tensor, "n"] | None = None,
     ) -> Float[Tensor, ""]:
+        check_pairs("Matryoshka", student, teacher)
         _check_bank("Matryoshka", bank, self.uses_bank)
+        if bank is not None:
+            check_bank("Matryoshka", teacher, bank)
         full = student.shape[-1]
         if max(self.widths) > full:
             raise ValueError(

@@ -5,13 +5,14 @@ where a row and a column carry the same key they are the same text, and the colu
 """
 
 import math
+from numbers import Real
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.similarity import check_pairs, check_tensor, check_widths
+from distill.similarity import check_bank, check_device, check_pairs, check_tensor, check_widths
 from distill.streaming import contrastive, divergence, moments
 
 
@@ -91,21 +92,27 @@ def _check_columns(
     check_pairs(caller, student, teacher)
     check_widths(caller, student, teacher)
     if bank is not None:
-        check_widths(caller, student, bank, "bank")
-    check_keys(caller, "keys", keys, len(student))
-    check_keys(caller, "bank_keys", bank_keys, 0 if bank is None else len(bank))
+        check_bank(caller, teacher, bank)
+    check_keys(caller, student, bank, keys, bank_keys)
+
+
+def check_keys(caller: str, rows: Tensor, bank: Tensor | None, keys: Tensor | None, bank_keys: Tensor | None) -> None:
+    """An integer for each row and for each row of the bank, if they have any."""
     if bank_keys is not None and (keys is None or bank is None):
         raise ValueError(f"{caller} got bank_keys without {'keys' if keys is None else 'bank'}. Give both, or neither.")
+    _check_keys_of(caller, "keys", keys, rows)
+    if bank is not None:
+        _check_keys_of(caller, "bank_keys", bank_keys, bank)
 
 
-def check_keys(caller: str, name: str, keys: Tensor | None, rows: int) -> None:
-    """An integer for each row, if there are any."""
+def _check_keys_of(caller: str, name: str, keys: Tensor | None, rows: Tensor) -> None:
     if keys is None:
         return
     check_tensor(caller, keys, name)
-    if keys.shape != (rows,) or keys.is_floating_point() or keys.dtype == torch.bool:
+    check_device(caller, name, keys, rows)
+    if keys.shape != (len(rows),) or keys.is_floating_point() or keys.dtype == torch.bool:
         raise ValueError(
-            f"{caller} needs one integer of {name} for each of {rows} rows, got {keys.dtype} {tuple(keys.shape)}."
+            f"{caller} needs one integer of {name} for each of {len(rows)} rows, got {keys.dtype} {tuple(keys.shape)}."
         )
 
 
@@ -129,7 +136,11 @@ def check_temperatures(
     for name, value in named.items():
         if isinstance(value, Tensor):
             raise TypeError(f"{caller} takes {name} as a number, got a tensor: it is not learned. Give {name}.item().")
-        if value is not None and not (0 < value < math.inf):
+        if value is None and name == "teacher_temperature":
+            continue
+        if not isinstance(value, Real):
+            raise TypeError(f"{caller} takes {name} as a number, got {value!r}. Try {usual}.")
+        if not (0 < value < math.inf):
             raise ValueError(f"{caller} divides {of} by {name}: it must be above 0, got {value}. Try {usual}.")
 
 

@@ -1,6 +1,7 @@
 """Distances, angles and the order of pairs of rows: what a student can keep of its teacher in a space of another width."""
 
 import math
+from numbers import Integral
 from typing import ClassVar
 
 from jaxtyping import Float
@@ -57,6 +58,8 @@ def rank_hinge(
 
 
 def _check_anchors(caller: str, anchors: int | None) -> None:
+    if anchors is not None and not isinstance(anchors, Integral):
+        raise TypeError(f"{caller} takes anchors as a whole number of rows, got {anchors!r}.")
     if anchors is not None and anchors < 1:
         raise ValueError(
             f"{caller} takes at least one row as anchor, got anchors={anchors}. None takes all up to 2,048."

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from distill.losses.cross import check_temperatures
+from distill.similarity import check_device, check_tensor
 
 
 def score_kl(
@@ -55,6 +55,9 @@ def _candidates(
     caller: str, student: Float[Tensor, "q k"], teacher: Float[Tensor, "q k"]
 ) -> tuple[Float[Tensor, "q k"], Float[Tensor, "q k"], Bool[Tensor, "q k"]]:
     """Both in float32 (float64 stays), 0 where there is no candidate; and where that is."""
+    for name, scores in {"student": student, "teacher": teacher}.items():
+        check_tensor(caller, scores, f"{name} scores")
+    check_device(caller, "teacher", teacher, student)
     if student.ndim != 2 or student.shape != teacher.shape or not student.numel():
         raise ValueError(
             f"{caller} compares scores (queries, candidates) one by one, got student {tuple(student.shape)} and teacher "
@@ -101,8 +104,9 @@ class _RowKL(torch.autograd.Function):
         return above_tangent.sum(-1)  # sum of q - p - p log(q / p): as q - p sums to 0, the KL, and no term is below 0
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Float[Tensor, "q"]) -> tuple[Float[Tensor, "q k"], None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled code has no second backward at all
+            raise RuntimeError("score_kl computes its gradient in the forward pass: it has no second derivative.")
         (excess,) = ctx.saved_tensors
         return gradient[:, None] * excess, None, None
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill import distributed
 from distill.losses.scores import MarginMSE, ScoreKL
+from distill.similarity import check_tensor
 from distill.streaming import engine
 
 HOW = 'dataset.map(lambda rows: {"label": teacher.encode(rows["text"]).tolist()}, batched=True)'
@@ -123,7 +124,7 @@ def token_keys(features: Mapping[str, Any]) -> Int[Tensor, "b"]:
     Of a batch's features: a bank has its keys by `token_keys(model.preprocess(texts))`, with the dataset's prompt. Texts
     that differ only behind max_length are equal. Other texts collide with a probability of 2^-64.
     """
-    ids = features["input_ids"]
+    ids = features["input_ids"].long()
     if "offsets" in features:  # a static model: one row of tokens for all texts
         position, starts = torch.arange(len(ids), device=ids.device), features["offsets"]
         rows = torch.searchsorted(starts, position, right=True) - 1
@@ -164,6 +165,7 @@ def _check_loss(loss: nn.Module, given: Mapping[str, object]) -> None:
 
 
 def _check_bank(bank: Tensor) -> None:
+    check_tensor("DistillLoss", bank, "bank")
     if bank.ndim != 2 or not bank.is_floating_point() or not bank.isfinite().all():
         raise ValueError(
             f"DistillLoss takes a bank of finite teacher vectors (rows, width), got {bank.dtype} {tuple(bank.shape)}"

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from distill.losses.cross import check_keys
-from distill.similarity import cosine_similarity_matrix, evenly_spaced
+from distill.similarity import check_bank, check_matrix, cosine_similarity_matrix, evenly_spaced
 
 # What is asked of an embedding model are lists of 10 to 100: at 30 a row of the teacher ranks those and all but leaves the
 # rest. all-mpnet-base-v2 on 71,013 sentences: tau is .053 over 256 columns, .041 over 4,352, .039 over 65,792, where a
@@ -37,10 +37,10 @@ def calibrate_temperature(
     Rows are at most 1,024, evenly spaced, fewer where their cosines would take more than 128 MB: 2 * rows * (b + n) * e
     FLOP, then 26 passes over the cosines. Hinton and Roweis 2002 (perplexity of a row).
     """
-    columns = _columns(teacher.detach(), bank)
+    columns = _columns(teacher, bank)
     most = min(MOST_ROWS, max(1, MOST_COSINES // max(1, len(columns))))
     chosen = torch.tensor(evenly_spaced(len(teacher), most), dtype=torch.long, device=teacher.device)
-    _check_keys(keys, bank_keys, len(teacher), len(columns) - len(teacher))
+    check_keys("calibrate_temperature", teacher, bank, keys, bank_keys)
     left_out = _left_out(chosen, len(columns), keys, bank_keys)
     cosines = cosine_similarity_matrix(columns[chosen], columns).masked_fill_(left_out, -math.inf)
     cosines = cosines[~left_out.all(-1)]
@@ -51,12 +51,10 @@ def calibrate_temperature(
 
 
 def _columns(teacher: Tensor, bank: Tensor | None) -> Float[Tensor, "n e"]:
-    if teacher.ndim != 2 or (bank is not None and bank.shape[1:] != teacher.shape[1:]):
-        raise ValueError(
-            f"calibrate_temperature takes rows of one width, got teacher {tuple(teacher.shape)} and bank "
-            f"{None if bank is None else tuple(bank.shape)}. Give vectors of one teacher."
-        )
-    columns = teacher if bank is None else torch.cat([teacher, bank.detach()])
+    check_matrix("calibrate_temperature", teacher, "teacher")
+    if bank is not None:
+        check_bank("calibrate_temperature", teacher, bank)
+    columns = teacher.detach() if bank is None else torch.cat([teacher.detach(), bank.detach()])
     if not columns.isfinite().all():
         rows = (~columns.isfinite().all(-1)).nonzero()[:, 0].tolist()
         raise ValueError(
@@ -75,13 +73,6 @@ def _left_out(
         named = keys if bank_keys is None else torch.cat([keys, bank_keys])
         left_out[:, : len(named)] |= rearrange(keys[chosen], "q -> q 1") == named
     return left_out
-
-
-def _check_keys(keys: Tensor | None, bank_keys: Tensor | None, rows: int, bank_rows: int) -> None:
-    if bank_keys is not None and keys is None:
-        raise ValueError("calibrate_temperature got bank_keys without keys. Give both, or neither.")
-    check_keys("calibrate_temperature", "keys", keys, rows)
-    check_keys("calibrate_temperature", "bank_keys", bank_keys, bank_rows)
 
 
 def _check_perplexity(perplexity: float, cosines: Float[Tensor, "q n"]) -> None:

@@ -30,11 +30,10 @@ def cross_contrastive(
     bank_keys: Tensor | None,
     temperature: float,
     false_negative_margin: float | None,
-    shared: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Each student row finds its twin among all columns. 2 products of (b, n, d); 1 without gradient, one more with a margin."""
-    share = share_of(student, shared)
+    share = share_of(student)
     matrix = _Matrix(share, student, teacher, bank, keys, bank_keys, temperature, false_negative_margin)
     gradient = matrix.new_gradient(with_gradient)
     sums = _row_sums(matrix, gradient if with_gradient else None)
@@ -69,14 +68,13 @@ def cross_contrastive_both_ways(
     bank_keys: Tensor | None,
     temperature: float,
     false_negative_margin: float | None,
-    shared: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """The mean of the above and its mirror: each teacher row of the batch finds its student among all student rows.
 
     3 products of (b, g, d), since the sums of whole columns are known only after the first, and 2 with the bank.
     """
-    share = share_of(student, shared)
+    share = share_of(student)
     matrix = _Matrix(share, student, teacher, bank, keys, bank_keys, temperature, false_negative_margin)
     gradient = matrix.new_gradient(with_gradient)
     rows, columns = _both_sums(matrix, gradient if with_gradient else None)

@@ -37,11 +37,10 @@ def cross_kl(
     bank_keys: Tensor | None,
     temperature: float,
     teacher_temperature: float,
-    shared: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Whole rows of the matrix, a chunk at a time. 3 products of (b, n, d); 2 without gradient."""
-    share, dtype = share_of(student, shared), working_dtype(student)
+    share, dtype = share_of(student), working_dtype(student)
     rows, twins = UnitRows(student, dtype), UnitRows(teacher, dtype)
     columns = Columns(share, twins, bank, keys, bank_keys)
     size = _chunk_rows(columns.count, student)
@@ -69,7 +68,7 @@ def cross_kl(
 
 @operator
 def gram_kl(
-    student: Tensor, teacher: Tensor, temperature: float, teacher_temperature: float, shared: bool, with_gradient: bool
+    student: Tensor, teacher: Tensor, temperature: float, teacher_temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Student x student against teacher x teacher, twins left out. Row i also stands in every other row's softmax.
 
@@ -77,7 +76,7 @@ def gram_kl(
     numbers each: 3 products of (b, g, d) and (b, g, e) in all; where own rows do not fit in a chunk, the 2 before the
     gradient are done again. One more where student and teacher are near each other.
     """
-    grams = _Grams(student, teacher, temperature, teacher_temperature, shared)
+    grams = _Grams(student, teacher, temperature, teacher_temperature)
     share, rows = grams.share, grams.rows
     total = student.new_zeros((), dtype=rows.dtype)
     sums = student.new_empty((len(student), 2), dtype=rows.dtype)
@@ -102,9 +101,9 @@ def gram_kl(
 class _Grams:
     """Own rows of the teacher's logits and of the student's minus those, a chunk at a time."""
 
-    def __init__(self, student: Tensor, teacher: Tensor, temperature: float, teacher_temperature: float, shared: bool):
+    def __init__(self, student: Tensor, teacher: Tensor, temperature: float, teacher_temperature: float):
         dtype = working_dtype(student)
-        self.share = share_of(student, shared)
+        self.share = share_of(student)
         self.rows, self.twins = UnitRows(student, dtype), UnitRows(teacher, dtype)
         self.students, self.teachers = self.share.everyones(self.rows), self.share.everyones(self.twins)
         self.temperatures = temperature, teacher_temperature

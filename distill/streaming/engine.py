@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # before any group is: see below
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from distill.similarity import normalize, row_lengths
 
@@ -46,29 +47,43 @@ class Operator:
     """A loss as an operator of torch, distill::NAME: called, it gives the value, and the gradient is ready by then."""
 
     def __init__(self, compute: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        self.compute = _in_full_precision(compute)
+        self.compute = _with_its_share(_in_full_precision(compute))
         self._operator = torch.library.custom_op(f"distill::{compute.__name__}", self.compute, mutates_args=())
         self._operator.register_fake(_shapes)
         self._operator.register_autograd(_backward, setup_context=_save)
 
     def __call__(self, student: Float[Tensor, "b d"], *arguments: Any) -> Float[Tensor, ""]:
+        if not torch.compiler.is_compiling() and unpack_dual(student).tangent is not None:
+            raise RuntimeError("distill's losses have no forward-mode derivative, jvp or jacfwd. Take backward's.")
+        with_gradient = student.requires_grad and torch.is_grad_enabled()
+        fixed = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
+        return self._operator(student, *fixed, with_gradient)[0]
+
+
+def operator(compute: Callable[..., tuple[Tensor, Tensor]]) -> Operator:
+    """Make an operator of `compute(student, *arguments, with_gradient: bool) -> (value, gradient)`.
+
+    `value` is a scalar; `gradient` is that of the rows of `student` as they came in, or has 0 rows if it was not asked
+    for. Both are float32, float64 where the student is. Only the student gets a gradient, and that has none itself:
+    a second derivative raises RuntimeError, and so does forward mode.
+    """
+    return Operator(compute)
+
+
+def _with_its_share(compute: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Which share is in force is asked when the operator runs: torch.compile, which traces the call, guards no such thing."""
+
+    @functools.wraps(compute)
+    def run(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *rest, with_gradient = arguments
         shared = _in_force.share is not None
         if not shared and not len(student):
             raise ValueError("a loss is a mean over rows, got a student of none. Give it at least one row.")
         # In a shared batch another process's rows may want a gradient: all enter its collectives, or all wait.
-        with_gradient = shared or (student.requires_grad and torch.is_grad_enabled())
-        fixed = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
-        return self._operator(student, *fixed, shared, with_gradient)[0]
+        value, gradient = compute(student, *rest, shared or with_gradient)
+        return value, gradient if with_gradient else gradient.new_empty((0, student.shape[1]))
 
-
-def operator(compute: Callable[..., tuple[Tensor, Tensor]]) -> Operator:
-    """Make an operator of `compute(student, *arguments, shared: bool, with_gradient: bool) -> (value, gradient)`.
-
-    `value` is a scalar; `gradient` is that of the rows of `student` as they came in, or has 0 rows if it was not asked
-    for. Both are float32, float64 where the student is. Only the student gets a gradient, and that has none itself:
-    a second derivative raises RuntimeError.
-    """
-    return Operator(compute)
+    return run
 
 
 def _in_full_precision(compute: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -190,13 +205,15 @@ class UnitRows:
 def _unit_rows(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n d"]]:
     """1 / length of each row, 0 for a zero row, and the unit rows; not on CUDA."""
     inverse = _inverse_lengths(raw, dtype)
-    return inverse, _scaled(raw, inverse, dtype) if _are_ordinary(inverse) else normalize(raw).to(dtype)
+    if _are_ordinary(inverse):
+        return inverse, _scaled(raw, inverse, dtype)
+    return inverse, normalize(raw.to(torch.promote_types(raw.dtype, dtype))).to(dtype)
 
 
 def _inverse_lengths(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> Float[Tensor, "n 1"]:
-    """0 for a zero row; on CUDA float64, where the squares of float32 neither vanish nor overflow.
+    """0 for a zero row; on CUDA float64, where neither the squares nor the lengths of float32 vanish or overflow.
 
-    Elsewhere lengths whose squares do are found again, at ten times the cost; on CUDA, looking for them would wait for the device.
+    Elsewhere rows where they do are measured again, at ten times the cost; on CUDA, looking for them would wait for the device.
     """
     if raw.is_cuda and raw.dtype != torch.float64:
         lengths = torch.linalg.vector_norm(raw.float(), dim=-1, keepdim=True, dtype=torch.float64)
@@ -206,8 +223,8 @@ def _inverse_lengths(raw: Shaped[Tensor, "n d"], dtype: torch.dtype) -> Float[Te
         inverse = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).reciprocal_()
         if _are_ordinary(inverse):
             return inverse
-    lengths = row_lengths(rows)
-    return reciprocal(lengths)
+    lengths = row_lengths(raw.to(exact_dtype(raw)))
+    return reciprocal(lengths.masked_fill(lengths < torch.finfo(working_dtype(raw)).tiny, 0.0))
 
 
 def reciprocal(values: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
@@ -219,7 +236,7 @@ def _scaled(raw: Shaped[Tensor, "n d"], factors: Float[Tensor, "n 1"], dtype: to
     """Rows times their factors. On CUDA the product is float64 where a factor is, and rounded once, in one kernel."""
     if raw.is_cuda:
         return torch.mul(raw, factors, out=raw.new_empty(raw.shape, dtype=dtype))
-    return raw.to(dtype) * factors
+    return (raw.to(dtype) * factors).to(dtype)
 
 
 def _are_ordinary(inverse: Float[Tensor, "n 1"]) -> bool:
@@ -360,10 +377,10 @@ def sharing(share: Share) -> Iterator[None]:
         _in_force.share = before
 
 
-def share_of(rows: Tensor, shared: bool) -> Share:
+def share_of(rows: Tensor) -> Share:
     """What an operator works with: the share in force, or all rows."""
     share = _in_force.share
-    if not shared or share is None:
+    if share is None:
         return Share([len(rows)], 0)
     if len(rows) != share.sizes[share.rank]:
         raise ValueError(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.streaming.engine import Share, exact_dtype, operator, reciprocal, share_of, tiles, working_dtype
-from distill.streaming.joint import Joint, LazyUnitRows, add_moments, mirrored, moment_dtype, new_buffer
+from distill.streaming.joint import Joint, LazyUnitRows, mirrored, moment_dtype, new_buffer, sum_of_moments
 
 # What the symmetric moments cost of a whole product: 6 of 9 blocks at width 768, 21 of 36 at 1536.
 SYMMETRIC = 0.6
@@ -29,9 +29,9 @@ NO_VARIATION = 1e-12
 
 
 @operator
-def gram_mse(student: Tensor, teacher: Tensor, shared: bool, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def gram_mse(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """The mean of E^2. With widths d and e, and b own rows: products of .6 b (d + e)^2 and b d (d + e), or b g (2 d + e)."""
-    share, dtype = share_of(student, shared), moment_dtype(student)
+    share, dtype = share_of(student), moment_dtype(student)
     if student.shape[1] == teacher.shape[1] and dtype == torch.float32:
         value, gradient, lost = _gram_mse(share, student, teacher, dtype, with_gradient, near=True)
         if not _anywhere(share, lost):
@@ -85,11 +85,9 @@ def _gram_mse_direct(
 
 
 @operator
-def cross_mse(
-    student: Tensor, teacher: Tensor, bank: Tensor | None, shared: bool, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def cross_mse(student: Tensor, teacher: Tensor, bank: Tensor | None, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """The mean of (D B^T)^2 = <D, D (B^T B)>: products of .6 n d^2 and b d^2 for n columns, or 2 of (b, n, d)."""
-    share, dtype, width = share_of(student, shared), moment_dtype(student), student.shape[1]
+    share, dtype, width = share_of(student), moment_dtype(student), student.shape[1]
     columns = share.total + (0 if bank is None else len(bank))
     if _matrix_is_cheaper(2 * share.total * columns, width * (SYMMETRIC * columns + share.total)):
         return _cross_mse_direct(share, student, teacher, bank, dtype, with_gradient)
@@ -109,14 +107,11 @@ def cross_mse(
 
 def _column_moments(share: Share, teacher: Tensor, bank: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "d d"]:
     """Of everyone's teacher rows and the bank, which all processes have: each takes its part of it."""
-    total = teacher.new_zeros((teacher.shape[1], teacher.shape[1]), dtype=dtype)
     processes, own = len(share.sizes), [teacher]
     if bank is not None:
         own.append(bank[len(bank) * share.rank // processes : len(bank) * (share.rank + 1) // processes])
-    for rows in own:
-        for tile in LazyUnitRows(rows).tiles(dtype):
-            add_moments(total, tile)
-    return mirrored(share.sum(total))
+    some = (tile for rows in own for tile in LazyUnitRows(rows).tiles(dtype))
+    return mirrored(share.sum(sum_of_moments(teacher, teacher.shape[1], some, dtype))).to(dtype)
 
 
 def _cross_mse_direct(
@@ -143,13 +138,13 @@ def _cross_mse_direct(
 
 
 @operator
-def similarity_preserving(student: Tensor, teacher: Tensor, shared: bool, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def similarity_preserving(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Rows g of S S^T against rows h of T T^T, each at length 1: 2 (1 - cos) a pair, over all g^2 entries, in float64.
 
     |g|^2 = s (S^T S) s^T and g . h = s (S^T T) t^T. The gradient of cos is that of row i as a row, then of row i as a
     column of all rows, which needs moments that are weighted by row. 9.3 products of b d^2, or 3 of b g d.
     """
-    share, dtype, width, other = share_of(student, shared), exact_dtype(student), student.shape[1], teacher.shape[1]
+    share, dtype, width, other = share_of(student), exact_dtype(student), student.shape[1], teacher.shape[1]
     both = width + other
     products = SYMMETRIC * both**2 + 2 * both * width + width**2 + other * both
     if _matrix_is_cheaper(share.total * (2 * width + both), products):  # 3 products, and as long as one more in passes
@@ -201,9 +196,9 @@ def _row_cosines(
 
 
 @operator
-def cka(student: Tensor, teacher: Tensor, shared: bool, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def cka(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """1 - |X^T Y|^2 / (|X^T X| |Y^T Y|) of centred unit rows, in float64. Products as of gram_mse."""
-    share, width, both = share_of(student, shared), student.shape[1], student.shape[1] + teacher.shape[1]
+    share, width, both = share_of(student), student.shape[1], student.shape[1] + teacher.shape[1]
     if _matrix_is_cheaper(share.total * (width + both), both * (SYMMETRIC * both + width)):
         return _cka_direct(share, student, teacher, with_gradient)
     joint = Joint(share, student, teacher, exact_dtype(student))

@@ -18,14 +18,12 @@ MOST = 65536
 
 
 @operator
-def rank_hinge(
-    student: Tensor, teacher: Tensor, margin: float, shared: bool, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def rank_hinge(student: Tensor, teacher: Tensor, margin: float, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """2 products of (n, n, d) and two sorts of P = n (n - 1) / 2 numbers, on each process; the counting is shared out.
 
     Cosines are float64: which of two hinges is active, and who comes first, are decided by their last digits.
     """
-    share, dtype = share_of(student, shared), working_dtype(student)
+    share, dtype = share_of(student), working_dtype(student)
     if share.total > MOST:
         raise ValueError(f"rank_hinge orders the pairs of at most {MOST:,} rows, got {share.total:,}. Give it fewer.")
     unit = normalize(share.everyone(student).double())

@@ -36,12 +36,12 @@ CUDA_SIDE = 2048
 
 
 @operator
-def rkd_distance(student: Tensor, teacher: Tensor, shared: bool, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def rkd_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """4 products of (n, n, d) and 2 without gradient: a pair within the share is computed once. 3 and 2 where they are kept.
 
     With x = D / mean(D) the gradient at D_ij is (slope_ij - drift) / mean(D), where the mean gives `drift` back.
     """
-    share, dtype = share_of(student, shared), exact_dtype(student)
+    share, dtype = share_of(student), exact_dtype(student)
     points = Points(share.everyone(student), dtype)
     matrices = _Distances(share, len(student), points, Points(share.everyone(teacher), dtype))
     lengths, counts = share.sum(_sums(matrices, student)).unbind(-1)
@@ -157,14 +157,12 @@ def _add_pulls(
 
 
 @operator
-def rkd_angle(
-    student: Tensor, teacher: Tensor, anchors: int, shared: bool, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def rkd_angle(student: Tensor, teacher: Tensor, anchors: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Per anchor some ten passes over an (n, n) matrix; anchors are dealt out to the processes, which sum one such matrix.
 
     The angle at k is a function of the squared distances ij, ik, jk; `pull` collects the gradient of the student's.
     """
-    share, dtype = share_of(student, shared), exact_dtype(student)
+    share, dtype = share_of(student), exact_dtype(student)
     count, own = share.total, slice(share.start, share.start + len(student))
     points = Points(share.everyone(student), dtype)
     halves = [

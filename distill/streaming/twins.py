@@ -10,9 +10,9 @@ from distill.streaming.engine import UnitRows, operator, share_of, working_dtype
 
 
 @operator
-def squared_distance(student: Tensor, teacher: Tensor, shared: bool, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def squared_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Mean over rows of the squared distance of unit rows; a zero row stays 0, hence at distance 1 from its twin. O(b d)."""
-    share, dtype = share_of(student, shared), working_dtype(student)
+    share, dtype = share_of(student), working_dtype(student)
     rows, twins = UnitRows(student, dtype), UnitRows(teacher, dtype)
     gradient = student.new_zeros((len(student) if with_gradient else 0, student.shape[1]), dtype=dtype)
     total = student.new_zeros((), dtype=dtype)
@@ -27,9 +27,9 @@ def squared_distance(student: Tensor, teacher: Tensor, shared: bool, with_gradie
 
 
 @operator
-def cosine_distance(student: Tensor, teacher: Tensor, shared: bool, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def cosine_distance(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Half of the above; a pair with a zero row has cosine 0, hence counts 1."""
-    share = share_of(student, shared)
-    value, gradient = squared_distance.compute(student, teacher, shared, with_gradient)
+    share = share_of(student)
+    value, gradient = squared_distance.compute(student, teacher, with_gradient)
     zeros = (row_lengths(student) == 0).to(value.dtype) + (row_lengths(teacher) == 0).to(value.dtype)
     return (value + share.sum(zeros.sum()) / share.total) / 2, gradient / 2
