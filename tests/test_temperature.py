@@ -43,7 +43,7 @@ def quiet() -> Iterator[None]:
     seed=st.integers(0, 10**6),
     b=st.integers(1, 30),
     n=st.integers(0, 30),
-    width=st.integers(2, 40),
+    width=st.integers(4, 40),  # of 2, rows in a narrow cone tie in float32, which is refused
     share=st.floats(0.02, 0.98),
     near=st.sampled_from([0.0, 1.0, 10.0]),
 )
