@@ -14,7 +14,7 @@ from typing import Any
 from distill.errors import DataError
 from distill.tables.files import read_lines
 from distill.tables.sources import Source, read_table, read_tables
-from distill.tables.table import Place, Table, column_names, find_column, meant, shown, text_columns
+from distill.tables.table import Place, Table, column_names, find_column, meant, shown, text_columns, with_names
 
 # Texts
 
@@ -29,12 +29,15 @@ class SourceReport:
     kept: int
     empty: int
     duplicates: int
+    bare: tuple[str, ...] = ()  # columns that were read of a CSV without a known header
 
     def __str__(self) -> str:
-        return (
-            f"{self.source}: {self.kept:,} texts from {self.rows:,} rows "
-            f"({self.empty:,} empty and {self.duplicates:,} duplicates left out)"
-        )
+        counts = f"{self.kept:,} texts from {self.rows:,} rows ({self.empty:,} empty and {self.duplicates:,} duplicates left out)"
+        return f"{self.source}: {counts}{f'; {self.note()}' if self.bare else ''}"
+
+    def note(self) -> str:
+        columns = f"column {self.bare[0]} is" if len(self.bare) == 1 else f"columns {' and '.join(self.bare)} are"
+        return f"no header was recognised, {columns} read, and the first row is taken as data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +66,14 @@ class TextReport:
         if len(self.sources) == 1:
             return str(self.sources[0])
         pinned = [source.source for source in self.sources if source.commit]
-        return str(
-            SourceReport(
-                source=f"{len(self.sources)} sources" + (f" with {', '.join(pinned)}" if pinned else ""),
-                rows=self.rows,
-                kept=self.kept,
-                empty=self.empty,
-                duplicates=self.duplicates,
-            )
+        whole = SourceReport(
+            source=f"{len(self.sources)} sources" + (f" with {', '.join(pinned)}" if pinned else ""),
+            rows=self.rows,
+            kept=self.kept,
+            empty=self.empty,
+            duplicates=self.duplicates,
         )
+        return "; ".join([str(whole), *(f"{source.source}: {source.note()}" for source in self.sources if source.bare)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +100,8 @@ def load_texts(
 
     Formats: JSONL, CSV, TSV (unquoted), TXT, each also with .gz, and Parquet. A Hub data set is
     "org/name@REVISION:config:split"; `revision` is of those that name none. `column` names one column or several
-    ("sentence1,sentence2"; by position in CSV: "0,1"); by default it is `text`, else the only text column, else in CSV all
-    columns that do not hold numbers. A tuple is one of sources. A list is read as texts unless all its items look like
+    ("sentence1,sentence2"; by position in CSV: "0,1"); by default it is `text`, else `sentence1` and `sentence2`, else the
+    only text column, else both sentences of a CSV of pairs without a header. A tuple is one of sources. A list is read as texts unless all its items look like
     sources: paths, names of files, lists, "org/name:config:split". `limit` counts kept texts. `unique=False` keeps every
     text, duplicates too, so that rows stay aligned with the file; an empty one is then a DataError.
     """
@@ -152,6 +154,7 @@ def _collect(
         kept=len(kept) - before,
         empty=empty,
         duplicates=duplicates,
+        bare=tuple(columns) if table.first else (),
     )
 
 
@@ -277,13 +280,14 @@ def load_retrieval(corpus: Source, queries: Source, qrels: Source) -> Retrieval:
 def _identified(source: Source) -> tuple[list[str], list[str], int, str]:
     table = read_table(source, wanted=("id", "_id", "title", "text"))
     name, text = find_column(table, "_id", "id"), find_column(table, "text")
+    heading = (with_names(table.columns, ["title"]) or ["title"])[0]
     seen: dict[str, int] = {}
     texts: list[str] = []
     empty = 0
     for number, row in table.rows:
         key = table.cell(number, row, name)
         key = str(key) if isinstance(key, int) and not isinstance(key, bool) else table.text(number, row, name)
-        title = table.text(number, row, "title") if row.get("title") else ""
+        title = table.text(number, row, heading) if row.get(heading) else ""
         whole = f"{title} {table.text(number, row, text)}".strip()
         if not whole:
             empty += 1

@@ -256,11 +256,71 @@ def test_columns_by_name_position_and_default(write) -> None:
     assert load_texts(bare, column="0,1").texts == load_texts(bare).texts
     named = write("named.csv", "utterance,klass\nhow are you,greeting\n")
     assert load_texts(named, column="utterance").texts == ["how are you"]
-    assert load_texts(write("s.csv", "sentence1,sentence2,score\na,b,1\n")).texts == ["a", "b"]
+    assert load_texts(write("s.csv", "Sentence1,sentence2,genre\na,b,x\n")).texts == ["a", "b"]
     assert load_texts(write("s.csv", "sentence1,sentence2,score\na,b,1\n"), column="1").texts == ["b"]
     refused(bare, "holds numbers", column="2")
     refused(bare, "no column 'text'", "no header was recognised", "a man runs", column="text")
     refused(write("n.csv", "1,2\n3,4\n"), "no column holds text")
+
+
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        ("review,stars\nFine.,4\nBad.,0\n", "'0', '1' (no header was recognised; the first row is: review, stars)"),
+        ("body,author,date\nFine.,Ann,2020-01-02\n", "the first row is: body, author, date)"),
+        ("a man,a dog\na cat,a hen\n", "the first row is: a man, a dog)"),
+        ("a man,a dog,1,x\na cat,a hen,2,y\n", "the first row is: a man, a dog, 1, x)"),
+        ("title,author\nFine.,Ann\n", "the columns are 'title', 'author'."),
+    ],
+)
+def test_several_columns_of_text_in_a_csv_are_not_mixed(write, content: str, columns: str) -> None:
+    path = write("a.csv", content)
+    said = refused(path, "several columns hold text", columns, "--column NAME")
+    assert ("by position" in said) == ("no header" in said)
+    assert load_texts(path, column="0").texts[-1] == content.splitlines()[-1].split(",")[0]
+
+
+def test_a_csv_without_a_known_header_is_read_as_data_and_the_report_says_so(write) -> None:
+    pairs, one = write("pairs.csv", "a man,someone,4.5\na cat,a dog,1\n"), write("one.csv", "review\nFine.\n")
+    note = "no header was recognised, {} read, and the first row is taken as data"
+    assert str(load_texts(pairs).report).endswith(f"left out); {note.format('columns 0 and 1 are')}")
+    assert str(load_texts(one).report).endswith(f"left out); {note.format('column 0 is')}")
+    both = str(load_texts([one, pairs, ["a text"]]).report)
+    assert both.startswith("3 sources: 7 texts from 5 rows")
+    assert both.endswith(f"; {one}: {note.format('column 0 is')}; {pairs}: {note.format('columns 0 and 1 are')}")
+    named = load_texts(one, column="review")
+    assert (named.texts, "header" in str(named.report)) == (["Fine."], False)
+
+
+def test_names_of_columns_match_whatever_their_case(write, tmp_path: Path) -> None:
+    assert load_texts(write("a.csv", "Text,Author,Url\nFine.,Ann,x\n")).texts == ["Fine."]
+    assert load_texts(write("a.csv", "TEXT,text\nno,yes\n")).texts == ["yes"]
+    assert load_texts(write("a.csv", "Review,Stars\nFine.,x\n"), column="review").texts == ["Fine."]
+    refused(write("a.csv", "TEXT,Text,n\na,b,1\n"), "several columns")
+    assert load_texts(write("a.jsonl", '{"Text": "Fine.", "by": "Ann"}\n')).texts == ["Fine."]
+    assert load_texts(parquet(tmp_path, {"Text": ["Fine."], "by": ["Ann"]})).texts == ["Fine."]
+    labelled = load_labelled(parquet(tmp_path, {"Text": ["a", "b"], "Label": [1, 0]}))
+    assert (labelled.texts, labelled.labels) == (["a", "b"], [1, 0])
+    corpus = write("c.jsonl", '{"ID": "1", "Title": "Cats", "Text": "purr"}\n')
+    assert load_retrieval(corpus, corpus, write("q.txt", "1 0 1 1\n")).corpus == ["Cats purr"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parted"),
+    [
+        ("a.csv", "id;text\n1;hello, you\n2;bye\n", "semicolons"),
+        ("a.csv", "1;hello\n2;bye\n", "semicolons"),
+        ("a.csv", "1\thello\n2\tbye\n", "tabs"),
+        ("a.tsv", "id|text\n1|hello|\n", "bars"),
+    ],
+)
+def test_another_delimiter_is_named(write, name: str, content: str, parted: str) -> None:
+    refused(write(name, content), f"{name}, line 1", f"parted by {parted}", "write the file anew")
+
+
+@pytest.mark.parametrize("content", ["text\na; b\nc; d\n", "a; b\nc\n", "a; b\n", "a|b,1\nc|d,2\n"])
+def test_texts_with_a_semicolon_are_texts(write, content: str) -> None:
+    assert len(load_texts(write("a.csv", content))) == content.count("\n") - content.startswith("text")
 
 
 def test_an_unknown_column_gets_a_suggestion(write) -> None:

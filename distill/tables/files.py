@@ -4,14 +4,14 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO
 
 from distill.errors import DataError, ResourceError
-from distill.tables.table import Row, Table, meant, sampled, shown
+from distill.tables.table import Row, Table, meant, sampled, shown, with_names
 
 LONGEST_LINE = 1 << 28  # bytes; a longer "line" is a binary file or a bomb
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
@@ -136,7 +136,9 @@ def _csv(path: Path, wanted: tuple[str, ...]) -> Table:
 
     rows = records()
     number, first = next(((number, cells) for number, cells in rows if cells), (0, []))
-    header = bool({cell.strip().lower() for cell in first} & HEADER_NAMES or set(wanted) & set(first))
+    header = _is_header(first, wanted)
+    if len(first) == 1:
+        _refuse_other_delimiter(f"{path}, line {number}", first)
     columns = [cell.strip() for cell in first] if header else [str(index) for index in range(len(first))]
     if len(set(columns)) < len(columns):
         raise DataError(f"{path}, line {number}: two columns have one name: {', '.join(columns)}.")
@@ -148,13 +150,34 @@ def _csv(path: Path, wanted: tuple[str, ...]) -> Table:
             if len(cells) != len(columns):
                 raise DataError(
                     f"{path}, line {number}: {len(cells)} cells, but {len(columns)} in the first row. "
-                    "A text with a comma has to stand in quotes."
+                    + ("A text cannot hold a tab." if tabs else "A text with a comma has to stand in quotes.")
                 )
             yield number, dict(zip(columns, cells, strict=True))
 
     number_of_first = number
     shown = "" if header else ", ".join(first)[:80]
-    return sampled(Table(name=str(path), unit="line", columns=columns, rows=named(), typed=False, first=shown))
+    table = sampled(Table(name=str(path), unit="line", columns=columns, rows=named(), typed=False, first=shown))
+    if len(columns) == 1:
+        cells = [row[columns[0]] for _, row in table.sample[:10]]
+        _refuse_other_delimiter(f"{path}, line {number}", [*first, *cells] if header else cells)
+    return table
+
+
+def _is_header(cells: Sequence[str], wanted: Sequence[str] = ()) -> bool:
+    return bool({cell.strip().lower() for cell in cells} & {*HEADER_NAMES, *(name.lower() for name in wanted)})
+
+
+def _refuse_other_delimiter(place: str, cells: list[str]) -> None:
+    """DataError where rows of one cell look like rows of several, parted by something else."""
+    filled = [cell for cell in cells if cell.strip()]
+    for mark, name in {";": "semicolons", "\t": "tabs", "|": "bars"}.items():
+        counts = {cell.count(mark) for cell in filled}
+        alike = len(filled) > 1 and len(counts) == 1 and counts != {0}
+        if alike or (filled and mark in filled[0] and _is_header(filled[0].split(mark))):
+            raise DataError(
+                f"{place}: one column, whose cells look parted by {name} ({shown(filled[0])}). A .csv is parted by commas, "
+                "a .tsv by tabs: write the file anew, or rename it. Texts that hold such marks are read from .txt or .jsonl."
+            )
 
 
 def _parquet(path: Path, wanted: tuple[str, ...]) -> Table:
@@ -166,8 +189,8 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Table:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is no Parquet file ({str(error).splitlines()[0]}).") from error
     types = {item.name: item.type for item in file.schema_arrow}
-    texts = [name for name, kind in types.items() if name == "text" or "string" in str(kind)]  # also of dictionaries
-    read = [name for name in types if name in wanted] or texts
+    strings = [name for name, kind in types.items() if "string" in str(kind)]  # also of dictionaries
+    read = with_names(types, wanted) or with_names(types, ["text", *strings])
 
     def rows() -> Iterator[Row]:
         number = 0

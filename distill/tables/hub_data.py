@@ -7,7 +7,7 @@ from typing import Any
 
 from distill.errors import DataError, ResourceError
 from distill.hub import COMMIT, dataset_commit
-from distill.tables.table import Row, Table, sampled
+from distill.tables.table import Row, Table, sampled, with_names
 
 # NAME or NAME@REVISION, then :CONFIG:SPLIT; without an ORG/ in front, both colons are there.
 HUB_DATA = re.compile(
@@ -34,8 +34,10 @@ def hub_table(name: str, revision: str | None, token: str | None, wanted: tuple[
         )
     title = name.replace(whole, f"{repository}@{commit}", 1) if commit else name
     columns = list(data.column_names)
-    texts = [name for name in columns if name == "text" or getattr(data.features[name], "dtype", "") == "string"]
-    data = data.select_columns([name for name in columns if name in wanted] or texts)  # pictures stay undecoded
+    strings = [name for name in columns if getattr(data.features[name], "dtype", "") == "string"]
+    data = data.select_columns(
+        with_names(columns, wanted) or with_names(columns, ["text", *strings])
+    )  # pictures stay undecoded
     classes = {key: value for key, value in data.features.items() if isinstance(value, ClassLabel)}
 
     def rows() -> Iterator[Row]:
