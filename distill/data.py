@@ -1,4 +1,4 @@
-"""Texts, sentence pairs, retrieval sets and labelled texts from files, Hub data sets and Python lists.
+"""Texts, sentence pairs, retrieval sets and labelled texts from files, data sets and Python lists.
 
 Whitespace-only texts are left out and counted, and so are duplicates among training texts; a row that cannot be used is named
 as `tables` names it.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import DataError
-from distill.tables.files import read_lines
+from distill.tables.files import read_lines, refuse_missing
 from distill.tables.sources import Source, read_table, read_tables
 from distill.tables.table import Place, Table, column_names, find_column, meant, shown, text_columns, with_names
 
@@ -96,9 +96,10 @@ def load_texts(
     revision: str | None = None,
     token: str | None = None,
 ) -> Texts:
-    """Unique texts from a file, a glob, a Hub data set, a list of texts, or a list of these.
+    """Unique texts from a file, a glob, a data set, a list of texts, or a list of these.
 
-    Formats: JSONL, CSV, TSV (unquoted), TXT, each also with .gz, and Parquet. A Hub data set is
+    Formats: JSONL, CSV, TSV (unquoted), TXT, each also with .gz, and Parquet; a `datasets.Dataset`, or the folder that its
+    `save_to_disk` wrote. A Hub data set is
     "org/name@REVISION:config:split"; `revision` is of those that name none. `column` names one column or several
     ("sentence1,sentence2"; by position in CSV: "0,1"); by default it is `text`, else `sentence1` and `sentence2`, else the
     only text column, else both sentences of a CSV of pairs without a header. A tuple is one of sources. A list is read as texts unless all its items look like
@@ -256,7 +257,7 @@ class Retrieval:
         )
 
 
-def load_retrieval(corpus: Source, queries: Source, qrels: Source) -> Retrieval:
+def load_retrieval(corpus: Source, queries: Source, qrels: str | Path) -> Retrieval:
     """Documents and queries with columns id (or _id), text and perhaps title (put before the text); TREC or BEIR qrels.
 
     Documents and queries come from files or Hub data sets, judgements from a file.
@@ -302,6 +303,7 @@ def _identified(source: Source) -> tuple[list[str], list[str], int, str]:
 
 
 def _qrels(path: Path, queries: set[str], documents: set[str]) -> tuple[dict[str, dict[str, int]], int]:
+    refuse_missing(path)
     qrels: dict[str, dict[str, int]] = {}
     unknown = total = 0
     for number, line in read_lines(path):
@@ -309,12 +311,12 @@ def _qrels(path: Path, queries: set[str], documents: set[str]) -> tuple[dict[str
         parts = [part.strip() for part in parts]
         if not line.strip() or (number == 1 and parts[-1].lower() in ("score", "relevance", "grade")):
             continue
-        if len(parts) not in (3, 4) or not re.fullmatch(r"[+-]?\d{1,9}", parts[-1]):
+        if len(parts) not in (3, 4) or not (whole := re.fullmatch(r"([+-]?\d{1,9})(\.0+)?", parts[-1])):
             raise DataError(
                 f"{path}, line {number}: expected 'query 0 document grade' (TREC) or 'query document grade' (BEIR) with a "
                 f"whole number as grade, got {line.strip()[:80]!r}."
             )
-        query, document, grade = parts[0], parts[-2], max(0, int(parts[-1]))
+        query, document, grade = parts[0], parts[-2], max(0, int(whole[1]))
         total += 1
         if query not in queries or document not in documents:
             unknown += 1
@@ -371,7 +373,9 @@ def load_labelled(
         test_texts, test_found, places, test_empty = _labelled_rows(test, text, label, revision, token)
         for name, place in zip(test_found, places, strict=True):
             if name not in number:
-                raise DataError(f"{place}: the label {name!r} does not occur in {train}.{meant(name, names)}")
+                raise DataError(
+                    f"{place}: the label {name!r} does not occur in {origins[0].table.name}.{meant(name, names)}"
+                )
         test_labels = [number[name] for name in test_found]
         held_out = Labelled(
             texts=test_texts, labels=test_labels, names=names, empty=test_empty, source=places[0].table.name

@@ -168,6 +168,8 @@ def test_an_item_that_is_no_text_is_named() -> None:
     refused(["fine", 3], "item 2", "int 3")
     refused(["fine", b"bytes"], "item 2", "bytes")
     refused(3, "not from int")
+    refused((text for text in "ab"), "not from generator", "list(...)")
+    refused({"a", "b"}, "not from set", "list(...)")
 
 
 def test_limit_counts_kept_texts(write) -> None:
@@ -230,7 +232,11 @@ def test_files_that_are_not_there(write, tmp_path: Path) -> None:
     write("train.jsonl", "{}")
     refused(tmp_path / "trian.jsonl", "does not exist", "Did you mean train.jsonl?")
     refused(str(tmp_path / "trian.jsonl"), "does not exist")
-    refused(str(tmp_path), "is a folder")
+    refused(str(tmp_path), f"is a folder; name a file in it, or several: {tmp_path}/*.parquet")
+    for address in ("https://example.org/a.csv", "s3://bucket/a.parquet", "hf://datasets/org/name/a.csv"):
+        refused(address, f"{address} is an address", "Download it", "org/name:config:split")
+        refused((address,), f"{address} is an address")
+    refused(("hello there", "bye"), "hello there does not exist", "Texts themselves are given as a list")
     refused(write("a.docx", "x"), "ending '.docx'", ".jsonl")
     refused(str(tmp_path / "*.nothing"), "No file matches")
 
@@ -336,7 +342,51 @@ def test_an_unknown_column_gets_a_suggestion(write) -> None:
     ]
 
 
-# Hub data sets
+# Data sets
+
+
+def test_a_data_set_in_memory_is_read_like_a_file() -> None:
+    import datasets
+
+    features = datasets.Features({"Text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    data = datasets.Dataset.from_dict({"Text": ["fine", " ", "good", "fine"], "label": [1, 0, 1, 0]}, features=features)
+    found = load_texts(data.with_format("torch"))
+    assert (found.texts, found.report.rows) == (["fine", "good"], 4)
+    assert load_texts([data, ["bye"]]).texts == load_texts((data, ["bye"])).texts == ["fine", "good", "bye"]
+    assert load_labelled(data, data).labels == [1, 1, 0]
+    refused(datasets.Dataset.from_dict({"a": ["x"], "b": ["y"]}), "several columns", "'a', 'b'")
+    refused(datasets.Dataset.from_dict({"text": ["x", None]}), "Dataset, row 2", "null")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_data_sets_that_are_no_table_are_refused() -> None:
+    import datasets
+
+    data = datasets.Dataset.from_dict({"text": ["x"]})
+    refused(datasets.DatasetDict(train=data), "not from DatasetDict")
+    refused(data.to_iterable_dataset(), "not from IterableDataset", "list(...)")
+
+
+def test_a_saved_data_set_is_read_and_the_folder_of_its_splits_names_them(tmp_path: Path) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_dict({"text": ["one", "two"], "n": [1, 2]})
+    datasets.DatasetDict(train=data).save_to_disk(tmp_path / "saved")
+    assert load_texts(tmp_path / "saved" / "train").texts == load_texts((str(tmp_path / "saved/train"),)).texts
+    assert load_texts(tmp_path / "saved" / "train").report.sources[0].source == str(tmp_path / "saved" / "train")
+    refused(tmp_path / "saved", "holds 1 splits", f"name one: {tmp_path}/saved/train")
+    (tmp_path / "saved" / "train" / "dataset_info.json").write_text("{")
+    refused(tmp_path / "saved" / "train", "cannot be read as a data set")
+
+
+def test_the_name_of_a_file_in_a_list_is_no_text(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write("array.json", "[]")
+    (tmp_path / "arrows").mkdir()
+    refused(["array.json"], "'array.json' is the name of a file", ".jsonl")
+    refused(["a text", "array.json"], "'array.json'")
+    refused(["arrows"], "'arrows' is the name of a folder", "arrows/*.parquet")
+    assert load_texts(["arrows", "bows", ".", "/"]).texts == ["arrows", "bows", ".", "/"]
 
 
 def test_hub_data_sets_are_read_like_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,6 +576,7 @@ QUERIES = '{"id": 1, "text": "who purrs"}\n{"id": "2", "text": "who barks"}\n'
     [
         "1 0 d1 2\n1 0 d9 1\n7 0 d1 1\n2 Q0 d2 -1\n",
         "query-id\tcorpus-id\tscore\n1\td1\t2\n1\td9\t1\n7\td1\t1\n2\td2\t0\n",
+        "query-id\tcorpus-id\tscore\n1\td1\t2.0\n1\td9\t1.0\n7\td1\t1.0\n2\td2\t-1.00\n",
     ],
 )
 def test_retrieval_from_trec_and_beir(write, qrels: str) -> None:
@@ -542,6 +593,7 @@ def test_retrieval_from_trec_and_beir(write, qrels: str) -> None:
     [
         ("1 0 d1\n", "line 1: expected"),
         ("1 0 d1 high\n", "line 1: expected"),
+        ("1 0 d1 1.5\n", "line 1: expected"),
         ("1 0 d1 1\n1 0 d1 2\n", "line 2: 'd1' has grade 2 for query '1', and 1"),
         ("1 0 x 1\n", "Do the files belong together"),
         ("", "none of its 0 judgements"),
@@ -550,6 +602,12 @@ def test_retrieval_from_trec_and_beir(write, qrels: str) -> None:
 def test_judgements_that_cannot_be_used(write, qrels: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
         load_retrieval(write("c.jsonl", CORPUS), write("q.jsonl", QUERIES), write("qrels.txt", qrels))
+
+
+def test_judgements_are_a_file(write, tmp_path: Path) -> None:
+    for path, why in ((tmp_path, "is a folder"), (tmp_path / "qrels.tsv", r"qrels\.tsv does not exist")):
+        with pytest.raises(DataError, match=why):
+            load_retrieval(write("c.jsonl", CORPUS), write("q.jsonl", QUERIES), path)
 
 
 def test_an_id_given_twice_is_refused(write) -> None:

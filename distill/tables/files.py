@@ -45,13 +45,20 @@ def file_table(path: Path, wanted: tuple[str, ...]) -> Table:
         ".txt": _txt,
     }
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if not path.is_file():
-        near = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {kind}.{meant(path.name, near)}")
+    refuse_missing(path)
     if suffix not in readers:
         raise DataError(f"{path}: cannot tell the format from the ending {suffix!r}; known are {', '.join(SUFFIXES)}.")
     return readers[suffix](path, wanted)
+
+
+def refuse_missing(path: Path) -> None:
+    """DataError if there is no file of this name."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name a file in it, or several: {path / '*.parquet'}")
+    if not path.is_file():
+        near = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        texts = "" if is_data_name(path.name) else " Texts themselves are given as a list; a tuple is one of sources."
+        raise DataError(f"{path} does not exist.{meant(path.name, near)}{texts}")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
