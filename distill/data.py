@@ -367,6 +367,10 @@ def load_labelled(
     texts, found, origins, empty = _labelled_rows(train, text, label, revision, token)
     whole = all(re.fullmatch(r"-?\d{1,9}", name) for name in found)
     names = sorted(set(found), key=int) if whole else sorted(set(found))
+    if len(names) < 2:
+        raise DataError(
+            f"{origins[0].table.name}: its {len(texts):,} texts are of one class, {names[0]!r}; a set has two or more."
+        )
     number = {name: index for index, name in enumerate(names)}
     held_out = None
     if test is not None:

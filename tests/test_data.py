@@ -460,7 +460,8 @@ def test_a_hub_data_set_is_read_and_named_at_its_commit(hub, write, name: str, c
     assert found.report.sources[0].commit == commit * 40
     pairs = load_pairs(name)
     assert (pairs.score, pairs.source) == (["abc".index(commit)], named.format(commit * 40))
-    assert load_labelled(name, name).source == named.format(commit * 40)
+    with pytest.raises(DataError, match=f"{named.format(commit * 40)}: its 1 texts are of one class, 'x'"):
+        load_labelled(name, name)
     task = load_retrieval(name, name, path := write("qrels.txt", "1 0 1 1\n"))
     assert task.corpus == found.texts
     assert task.source == f"{named.format(commit * 40)}, {named.format(commit * 40)}, {path}"
@@ -634,13 +635,15 @@ def test_numbers_are_sorted_as_numbers(write) -> None:
 
 
 def test_labels_that_cannot_be_used(write) -> None:
-    train = write("train.csv", "text,intent\na,greeting\n")
+    train = write("train.csv", "text,intent\na,greeting\nb,farewell\n")
     with pytest.raises(DataError, match=r"test\.csv, line 3, .*'greting' does not occur in .* Did you mean greeting\?"):
         load_labelled(train, write("test.csv", "text,intent\na,greeting\nb,greting\n"))
     with pytest.raises(DataError, match="line 2, column 'intent': the label is empty"):
         load_labelled(write("a.csv", "text,intent\na,\n"))
     with pytest.raises(DataError, match="no column 'label' or 'category' or 'intent'"):
         load_labelled(write("a.csv", "text,klass\na,b\n"))
+    with pytest.raises(DataError, match="its 2 texts are of one class, 'greeting'; a set has two or more"):
+        load_labelled(write("a.csv", "text,intent\na,greeting\nb,greeting\n"))
 
 
 # Anything at all

@@ -686,6 +686,8 @@ def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
     assert sum(right) / len(right) == pytest.approx(report["accuracy"]["value"])
     assert report["accuracy"]["low"] <= report["accuracy"]["value"] <= report["accuracy"]["high"]
     assert report["accuracy"]["value"] > 2 / report["classes"]
+    assert report["test_texts_trained_on"] == len(texts)
+    assert f"{len(texts)} test texts are among those of training" in ran.out
     assert f"accuracy {report['accuracy']['value']:.3f}" in ran.out
 
 
