@@ -356,6 +356,17 @@ def test_a_folder_of_other_files_is_not_taken_for_the_student(tmp_path: Path) ->
         cli.record(Recipe(output=tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("recipe.json", '{"flour": 500}'), ("recipe.json", ""), ("report.json", "{}")]
+)
+def test_a_file_of_somebody_else_is_not_overwritten(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=rf"{name} is not of a run of distill, .*--output"):
+        cli.record(Recipe(output=tmp_path), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == content
+
+
 @pytest.mark.parametrize("options", [{"save_every": 7}, {"keep_checkpoints": 9}, {"trackers": ("tensorboard",)}])
 def test_a_run_is_resumed_with_what_changes_no_step(begun: Recipe, options: dict[str, Any]) -> None:
     cli.record(changed(begun, **options), begun.output)
