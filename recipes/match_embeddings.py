@@ -36,7 +36,7 @@ from distill.training import TrainConfig, match, train
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     data: tuple[str, ...]
-    """Files (JSONL, CSV, TXT, Parquet, .gz), globs, Hub data sets as org/name@REVISION:config:split (else main)."""
+    """Files (JSONL, CSV, unquoted TSV, TXT, Parquet, .gz), globs, Hub data sets as org/name@REVISION:config:split (else main)."""
     column: str | None = None
     """Column of the texts, or several: "sentence1,sentence2"; by place: "0,1"."""
     limit: int | None = None

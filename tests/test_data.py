@@ -324,6 +324,19 @@ def test_another_delimiter_is_named(write, name: str, content: str, parted: str)
     refused(write(name, content), f"{name}, line 1", f"parted by {parted}", "write the file anew")
 
 
+@pytest.mark.parametrize(
+    "content", ['"id"\t"text"\n"1"\t"Fine."\n', 'id\ttext\n1\t"He said ""no""."\n', 'n\t"text"\n1\t"a"\n2\t"b"\n']
+)
+def test_a_quoted_tsv_is_refused(write, content: str) -> None:
+    refused(write("a.tsv", content), "a.tsv, line 1", "read unquoted", ".csv or .jsonl")
+
+
+def test_quotes_in_a_tsv_are_part_of_the_text(write) -> None:
+    texts = ['"No," he said.', '"Quoted."', 'An inch: 1"']
+    assert load_texts(write("a.tsv", "text\n" + "\n".join(texts))).texts == texts
+    assert load_texts(write("a.tsv", '"Quoted."\n')).texts == ['"Quoted."']
+
+
 @pytest.mark.parametrize("content", ["text\na; b\nc; d\n", "a; b\nc\n", "a; b\n", "a|b,1\nc|d,2\n"])
 def test_texts_with_a_semicolon_are_texts(write, content: str) -> None:
     assert len(load_texts(write("a.csv", content))) == content.count("\n") - content.startswith("text")

@@ -167,11 +167,26 @@ def _csv(path: Path, wanted: tuple[str, ...]) -> Table:
     if len(columns) == 1:
         cells = [row[columns[0]] for _, row in table.sample[:10]]
         _refuse_other_delimiter(f"{path}, line {number}", [*first, *cells] if header else cells)
+    if tabs:
+        rows_seen = [[*row.values()] for _, row in table.sample[:10]]
+        _refuse_quotes(f"{path}, line {number}", [first, *rows_seen] if header else rows_seen)
     return table
 
 
 def _is_header(cells: Sequence[str], wanted: Sequence[str] = ()) -> bool:
     return bool({cell.strip().lower() for cell in cells} & {*HEADER_NAMES, *(name.lower() for name in wanted)})
+
+
+def _refuse_quotes(place: str, rows: list[list[str]]) -> None:
+    """DataError where the cells of a column all stand in quotes, or one does and doubles those within."""
+    for column in zip(*rows, strict=True):
+        filled = [cell for cell in column if cell.strip()]
+        quoted = [cell for cell in filled if len(cell) > 1 and cell[0] == cell[-1] == '"']
+        if (len(quoted) == len(filled) > 1) or any('""' in cell[1:-1] for cell in quoted):
+            raise DataError(
+                f"{place}: cells stand in quotes ({shown(quoted[0])}), and a .tsv is read unquoted. Write it without quotes, "
+                "or as .csv or .jsonl."
+            )
 
 
 def _refuse_other_delimiter(place: str, cells: list[str]) -> None:
