@@ -654,6 +654,9 @@ def test_keep_index_scores_the_four_ways_to_use_it(session: Session, variant: st
     assert "with an index half of whose documents the student added: documents ndcg@10" in ran.out
     values = {name: table[name]["documents ndcg@10"]["value"] for name in systems}
     assert len(set(values.values())) == 4  # four indexes, four numbers
+    [(seen, count)] = ran.json("report.json")["trained_on"].items()
+    assert f"among the training texts: {count} {seen}\n" in ran.out
+    assert (seen, count > 0) == ("queries of documents", True)
 
 
 def test_sides_have_prompts_and_limits_of_their_own(session: Session) -> None:
