@@ -12,10 +12,10 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from dataclasses import is_dataclass, replace
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from distill import distributed, manual
 from distill.config import StudentConfig, suited
@@ -116,7 +116,7 @@ def _parse(recipe_type: type[Recipe], arguments: list[str], description: str, de
     import tyro
 
     shown, told = io.StringIO(), io.StringIO()
-    arguments, groups = _asks_for_help(_gathered(arguments, "--gate"))
+    arguments, groups = _asks_for_help(_gathered(arguments, set(_of_several(recipe_type))))
     try:
         with redirect_stderr(shown), redirect_stdout(told):
             # One form of each flag: no --no-resume beside --resume, no {None} in front of each type.
@@ -145,20 +145,30 @@ def _readable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _gathered(arguments: list[str], flag: str) -> list[str]:
-    """`--gate A --gate B` as `--gate A B`; of a flag that comes twice tyro takes the last one alone."""
-    own: list[str] = []
+def _gathered(arguments: list[str], flags: Collection[str]) -> list[str]:
+    """`--data A --data B` as `--data A B`, for the flags of several values; of one that comes twice tyro takes the last alone."""
+    values: dict[str, list[str]] = {}
     rest: list[str] = []
     into = rest
     for word in arguments:
-        name, _, value = word.partition("=")
-        if name == flag:
-            own += [value] if value else []
-            into = own
+        name, equals, value = word.partition("=")
+        if (flag := name.replace("_", "-")) in flags:
+            into = values.setdefault(flag, [])
+            into += [value] if equals else []
             continue
         into = rest if word.startswith("--") else into
         into.append(word)
-    return [*rest, flag, *own] if own else arguments
+    return [*rest, *(word for flag, given in values.items() for word in (flag, *given))]
+
+
+def _of_several(recipe_type: type[Any], prefix: str = "--") -> Iterator[str]:
+    """The flags that take any number of values."""
+    for name, hint in get_type_hints(recipe_type).items():
+        flag = prefix + name.replace("_", "-")
+        if is_dataclass(hint):
+            yield from _of_several(hint, f"{flag}.")  # type: ignore[arg-type]  # a class, not an instance
+        elif any(get_origin(kind) is tuple and ... in get_args(kind) for kind in (hint, *get_args(hint))):
+            yield flag
 
 
 def _asks_for_help(arguments: list[str]) -> tuple[list[str], list[str] | None]:

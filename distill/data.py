@@ -1,4 +1,4 @@
-"""Texts, sentence pairs, retrieval sets and labelled texts from files, Hub data sets and Python lists.
+"""Texts, sentence pairs, retrieval sets and labelled texts from files, data sets and Python lists.
 
 Whitespace-only texts are left out and counted, and so are duplicates among training texts; a row that cannot be used is named
 as `tables` names it.
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import DataError
-from distill.tables.files import read_lines
+from distill.tables.files import read_lines, refuse_missing
 from distill.tables.sources import Source, read_table, read_tables
-from distill.tables.table import Place, Table, column_names, find_column, meant, shown, text_columns
+from distill.tables.table import Place, Table, column_names, find_column, meant, shown, text_columns, with_names
 
 # Texts
 
@@ -29,12 +29,15 @@ class SourceReport:
     kept: int
     empty: int
     duplicates: int
+    bare: tuple[str, ...] = ()  # columns that were read of a CSV without a known header
 
     def __str__(self) -> str:
-        return (
-            f"{self.source}: {self.kept:,} texts from {self.rows:,} rows "
-            f"({self.empty:,} empty and {self.duplicates:,} duplicates left out)"
-        )
+        counts = f"{self.kept:,} texts from {self.rows:,} rows ({self.empty:,} empty and {self.duplicates:,} duplicates left out)"
+        return f"{self.source}: {counts}{f'; {self.note()}' if self.bare else ''}"
+
+    def note(self) -> str:
+        columns = f"column {self.bare[0]} is" if len(self.bare) == 1 else f"columns {' and '.join(self.bare)} are"
+        return f"no header was recognised, {columns} read, and the first row is taken as data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +66,14 @@ class TextReport:
         if len(self.sources) == 1:
             return str(self.sources[0])
         pinned = [source.source for source in self.sources if source.commit]
-        return str(
-            SourceReport(
-                source=f"{len(self.sources)} sources" + (f" with {', '.join(pinned)}" if pinned else ""),
-                rows=self.rows,
-                kept=self.kept,
-                empty=self.empty,
-                duplicates=self.duplicates,
-            )
+        whole = SourceReport(
+            source=f"{len(self.sources)} sources" + (f" with {', '.join(pinned)}" if pinned else ""),
+            rows=self.rows,
+            kept=self.kept,
+            empty=self.empty,
+            duplicates=self.duplicates,
         )
+        return "; ".join([str(whole), *(f"{source.source}: {source.note()}" for source in self.sources if source.bare)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +96,13 @@ def load_texts(
     revision: str | None = None,
     token: str | None = None,
 ) -> Texts:
-    """Unique texts from a file, a glob, a Hub data set, a list of texts, or a list of these.
+    """Unique texts from a file, a glob, a data set, a list of texts, or a list of these.
 
-    Formats: JSONL, CSV, TSV (unquoted), TXT, each also with .gz, and Parquet. A Hub data set is
+    Formats: JSONL, CSV, TSV (unquoted), TXT, each also with .gz, and Parquet; a `datasets.Dataset`, or the folder that its
+    `save_to_disk` wrote. A Hub data set is
     "org/name@REVISION:config:split"; `revision` is of those that name none. `column` names one column or several
-    ("sentence1,sentence2"; by position in CSV: "0,1"); by default it is `text`, else the only text column, else in CSV all
-    columns that do not hold numbers. A tuple is one of sources. A list is read as texts unless all its items look like
+    ("sentence1,sentence2"; by position in CSV: "0,1"); by default it is `text`, else `sentence1` and `sentence2`, else the
+    only text column, else both sentences of a CSV of pairs without a header. A tuple is one of sources. A list is read as texts unless all its items look like
     sources: paths, names of files, lists, "org/name:config:split". `limit` counts kept texts. `unique=False` keeps every
     text, duplicates too, so that rows stay aligned with the file; an empty one is then a DataError.
     """
@@ -152,6 +155,7 @@ def _collect(
         kept=len(kept) - before,
         empty=empty,
         duplicates=duplicates,
+        bare=tuple(columns) if table.first else (),
     )
 
 
@@ -253,7 +257,7 @@ class Retrieval:
         )
 
 
-def load_retrieval(corpus: Source, queries: Source, qrels: Source) -> Retrieval:
+def load_retrieval(corpus: Source, queries: Source, qrels: str | Path) -> Retrieval:
     """Documents and queries with columns id (or _id), text and perhaps title (put before the text); TREC or BEIR qrels.
 
     Documents and queries come from files or Hub data sets, judgements from a file.
@@ -277,13 +281,14 @@ def load_retrieval(corpus: Source, queries: Source, qrels: Source) -> Retrieval:
 def _identified(source: Source) -> tuple[list[str], list[str], int, str]:
     table = read_table(source, wanted=("id", "_id", "title", "text"))
     name, text = find_column(table, "_id", "id"), find_column(table, "text")
+    heading = (with_names(table.columns, ["title"]) or ["title"])[0]
     seen: dict[str, int] = {}
     texts: list[str] = []
     empty = 0
     for number, row in table.rows:
         key = table.cell(number, row, name)
         key = str(key) if isinstance(key, int) and not isinstance(key, bool) else table.text(number, row, name)
-        title = table.text(number, row, "title") if row.get("title") else ""
+        title = table.text(number, row, heading) if row.get(heading) else ""
         whole = f"{title} {table.text(number, row, text)}".strip()
         if not whole:
             empty += 1
@@ -298,6 +303,7 @@ def _identified(source: Source) -> tuple[list[str], list[str], int, str]:
 
 
 def _qrels(path: Path, queries: set[str], documents: set[str]) -> tuple[dict[str, dict[str, int]], int]:
+    refuse_missing(path)
     qrels: dict[str, dict[str, int]] = {}
     unknown = total = 0
     for number, line in read_lines(path):
@@ -305,12 +311,12 @@ def _qrels(path: Path, queries: set[str], documents: set[str]) -> tuple[dict[str
         parts = [part.strip() for part in parts]
         if not line.strip() or (number == 1 and parts[-1].lower() in ("score", "relevance", "grade")):
             continue
-        if len(parts) not in (3, 4) or not re.fullmatch(r"[+-]?\d{1,9}", parts[-1]):
+        if len(parts) not in (3, 4) or not (whole := re.fullmatch(r"([+-]?\d{1,9})(\.0+)?", parts[-1])):
             raise DataError(
                 f"{path}, line {number}: expected 'query 0 document grade' (TREC) or 'query document grade' (BEIR) with a "
                 f"whole number as grade, got {line.strip()[:80]!r}."
             )
-        query, document, grade = parts[0], parts[-2], max(0, int(parts[-1]))
+        query, document, grade = parts[0], parts[-2], max(0, int(whole[1]))
         total += 1
         if query not in queries or document not in documents:
             unknown += 1
@@ -361,13 +367,19 @@ def load_labelled(
     texts, found, origins, empty = _labelled_rows(train, text, label, revision, token)
     whole = all(re.fullmatch(r"-?\d{1,9}", name) for name in found)
     names = sorted(set(found), key=int) if whole else sorted(set(found))
+    if len(names) < 2:
+        raise DataError(
+            f"{origins[0].table.name}: its {len(texts):,} texts are of one class, {names[0]!r}; a set has two or more."
+        )
     number = {name: index for index, name in enumerate(names)}
     held_out = None
     if test is not None:
         test_texts, test_found, places, test_empty = _labelled_rows(test, text, label, revision, token)
         for name, place in zip(test_found, places, strict=True):
             if name not in number:
-                raise DataError(f"{place}: the label {name!r} does not occur in {train}.{meant(name, names)}")
+                raise DataError(
+                    f"{place}: the label {name!r} does not occur in {origins[0].table.name}.{meant(name, names)}"
+                )
         test_labels = [number[name] for name in test_found]
         held_out = Labelled(
             texts=test_texts, labels=test_labels, names=names, empty=test_empty, source=places[0].table.name

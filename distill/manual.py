@@ -32,8 +32,8 @@ def fitted(text: str, asked: Sequence[str]) -> str:
 
 def _short(name: str, group: str) -> str:
     """What the group is for, and the names of its flags."""
-    lines = [line.strip() for line in group.splitlines()[2:]]
-    purpose = itertools.takewhile(lambda line: not line.startswith("--"), lines)
-    flags = [line.split()[0].removeprefix(f"--{name}") for line in lines if line.startswith(f"--{name}.")]
+    lines, flag = group.splitlines()[2:], f"  --{name}."  # their descriptions stand further in
+    purpose = itertools.takewhile(lambda line: not line.startswith((flag, "  ---")), lines)
+    flags = [line.split()[0].removeprefix(f"--{name}") for line in lines if line.startswith(flag)]
     names = textwrap.fill(" ".join(flags), WIDTH - 4, break_on_hyphens=False)
-    return f" --{name}: {' '.join(purpose)}\n{textwrap.indent(names, '    ')}\n\n"
+    return f" --{name}: {' '.join(map(str.strip, purpose))}\n{textwrap.indent(names, '    ')}\n\n"

@@ -50,6 +50,8 @@ def _record(recipe: Any, output: Path) -> None:
         refuse_other_files(output / "student")
         refuse_other_files(output / "head", "head")
         begun = any((output / "checkpoints").glob("step-*"))
+        if not begun:
+            _refuse_foreign(output)
         if begun and not {"train", "resume"} & value["recipe"].keys():
             raise RecipeError(f"{output} holds a training run, which this would overwrite; name another --output.")
         first = beside if beside.exists() else path
@@ -71,6 +73,21 @@ def _record(recipe: Any, output: Path) -> None:
         (output / "non-finite.json").unlink(missing_ok=True)
     except OSError as error:
         raise ResourceError(f"{explained(error)} Name a folder you may write to with --output.") from error
+
+
+def _refuse_foreign(output: Path) -> None:
+    """RecipeError if recipe.json, or a report.json without one beside it, is not of a run."""
+    if (output / RECIPE).exists():
+        try:
+            _begun_with(output / RECIPE)
+            return
+        except IntegrityError:
+            name = RECIPE
+    elif (output / REPORT).exists():
+        name = REPORT
+    else:
+        return
+    raise RecipeError(f"{output / name} is not of a run of distill, and would be overwritten; name another --output.")
 
 
 def _begun_with(path: Path) -> dict[str, Any]:

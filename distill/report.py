@@ -25,6 +25,8 @@ from distill.page.words import size_and_speed
 from distill.students.summary import stored_bytes
 from distill.training import Run
 
+NOTHING = "nothing was measured: no text was held out (--held-out), and no evaluation data was given (--evaluation.*)"
+
 
 def finish(run: Run, scores: Scores, provenance: Provenance, *, gates: Sequence[Gate] = ()) -> None:
     """Export OUTPUT/student, write OUTPUT/report.json and report.html, and print the table, what was kept, and how to use the student.
@@ -42,8 +44,9 @@ def summary(run: Run, scores: Scores) -> str:
     """The table, what the student keeps of the teacher's scores, what training gained, size and speed, and how to use it."""
     lines = [
         "",
-        str(scores),
+        str(scores) if any(scores.table.values()) else NOTHING,
         "",
+        *_line("among the training texts", [f"{count:,} {name}" for name, count in scores.trained_on.items()]),
         *_line("keeps of the teacher's scores", _shares(scores, STUDENT)),
         *_line("with the teacher's index, only queries by the student", _shares(scores, STUDENT + INDEX)),
         *_line("with an index half of whose documents the student added", _shares(scores, STUDENT + MIXED)),

@@ -100,13 +100,14 @@ def main(recipe: Recipe) -> None:
         "train_texts": len(chosen),
         "test_texts": len(right),
         "classes": len(data.names),
+        "test_texts_trained_on": len(set(data.texts).intersection(data.test.texts)),
         "sigma": sigma,
     }
     distributed.main_first(partial(save_head, head, recipe.output / "head", names=data.names))
     distributed.main_first(partial(files.write_json, recipe.output / REPORT, report | more))
     cli.say(
         f"accuracy {accuracy} (95 % interval) on {len(right):,} texts of {len(data.names)} classes, trained on {len(chosen):,}; "
-        f"sigma {sigma:.1f}; written to {recipe.output / REPORT}"
+        f"sigma {sigma:.1f}; {report['test_texts_trained_on']:,} test texts are among those of training; written to {recipe.output / REPORT}"
     )
 
 

@@ -93,7 +93,7 @@ def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
     read = load_texts(recipe.data, column=recipe.column, limit=recipe.limit)
     texts, held_out = hold_out(read.texts, recipe.held_out)
-    data = recipe.evaluation.load(held_out)
+    data = recipe.evaluation.load(held_out, trained_on=texts)
     cli.say(f"{read.report}; {len(held_out):,} held out; {recipe.minutes:g} minutes each")
 
     teacher = recipe.teacher.load()

@@ -13,6 +13,7 @@ Vectors that you have are taken over first:
 
 import copy
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from distill import cli
@@ -92,7 +93,7 @@ def main(recipe: Recipe) -> None:
     texts = {"document": documents}
     if recipe.queries:
         texts["query"] = load_texts(recipe.queries, column=recipe.column, limit=recipe.limit).texts
-    data = recipe.evaluation.load(held_out, role="document")
+    data = recipe.evaluation.load(held_out, role="document", trained_on=chain(*texts.values()))
     cli.say(f"{read.report}; {len(held_out):,} held out; {len(texts.get('query', [])):,} queries")
 
     teacher = recipe.teacher.load(on_device=not recipe.plan)

@@ -85,11 +85,25 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
-def test_a_gate_may_be_given_several_times() -> None:
-    words = ["--gate", "a >= 1", "--data", "x", "y", "--gate", "b >= 2", "c >= 3", "--gate=d >= 4", "--seed", "1"]
-    gates = ["--gate", "a >= 1", "b >= 2", "c >= 3", "d >= 4"]
-    assert cli._gathered(words, "--gate") == ["--data", "x", "y", "--seed", "1", *gates]
-    assert cli._gathered(["--data", "x"], "--gate") == ["--data", "x"]
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    data: tuple[str, ...]
+    seed: int = 0
+    widths: tuple[int, ...] = ()
+    student: StudentConfig = field(default_factory=StudentConfig)
+
+
+def test_a_flag_of_several_values_may_be_given_several_times() -> None:
+    def parsed(flags: str) -> Several:
+        return cli._parse(Several, flags.split(), "A recipe.")
+
+    words = "--data a b --seed 1 --data=c --student.layers 0 --widths 4 --student.layers 1 2 --data d --widths 8"
+    found = parsed(f"{words} --student.kind layers")
+    assert (found.data, found.seed, found.widths) == (("a", "b", "c", "d"), 1, (4, 8))
+    assert found.student.layers == (0, 1, 2)
+    assert parsed("--data a --seed 1 --seed 2").seed == 2
+    again = cli.varied(found, "--widths 1 --widths 2")
+    assert (again.data, again.widths) == (found.data, (1, 2))
 
 
 def test_flags_become_fields(run: Run) -> None:
@@ -340,6 +354,17 @@ def test_a_folder_of_other_files_is_not_taken_for_the_student(tmp_path: Path) ->
     (tmp_path / "student" / "thesis.txt").write_text("")
     with pytest.raises(RecipeError, match="not a model's folder"):
         cli.record(Recipe(output=tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("recipe.json", '{"flour": 500}'), ("recipe.json", ""), ("report.json", "{}")]
+)
+def test_a_file_of_somebody_else_is_not_overwritten(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=rf"{name} is not of a run of distill, .*--output"):
+        cli.record(Recipe(output=tmp_path), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == content
 
 
 @pytest.mark.parametrize("options", [{"save_every": 7}, {"keep_checkpoints": 9}, {"trackers": ("tensorboard",)}])

@@ -168,6 +168,8 @@ def test_an_item_that_is_no_text_is_named() -> None:
     refused(["fine", 3], "item 2", "int 3")
     refused(["fine", b"bytes"], "item 2", "bytes")
     refused(3, "not from int")
+    refused((text for text in "ab"), "not from generator", "list(...)")
+    refused({"a", "b"}, "not from set", "list(...)")
 
 
 def test_limit_counts_kept_texts(write) -> None:
@@ -230,7 +232,11 @@ def test_files_that_are_not_there(write, tmp_path: Path) -> None:
     write("train.jsonl", "{}")
     refused(tmp_path / "trian.jsonl", "does not exist", "Did you mean train.jsonl?")
     refused(str(tmp_path / "trian.jsonl"), "does not exist")
-    refused(str(tmp_path), "is a folder")
+    refused(str(tmp_path), f"is a folder; name a file in it, or several: {tmp_path}/*.parquet")
+    for address in ("https://example.org/a.csv", "s3://bucket/a.parquet", "hf://datasets/org/name/a.csv"):
+        refused(address, f"{address} is an address", "Download it", "org/name:config:split")
+        refused((address,), f"{address} is an address")
+    refused(("hello there", "bye"), "hello there does not exist", "Texts themselves are given as a list")
     refused(write("a.docx", "x"), "ending '.docx'", ".jsonl")
     refused(str(tmp_path / "*.nothing"), "No file matches")
 
@@ -256,11 +262,84 @@ def test_columns_by_name_position_and_default(write) -> None:
     assert load_texts(bare, column="0,1").texts == load_texts(bare).texts
     named = write("named.csv", "utterance,klass\nhow are you,greeting\n")
     assert load_texts(named, column="utterance").texts == ["how are you"]
-    assert load_texts(write("s.csv", "sentence1,sentence2,score\na,b,1\n")).texts == ["a", "b"]
+    assert load_texts(write("s.csv", "Sentence1,sentence2,genre\na,b,x\n")).texts == ["a", "b"]
     assert load_texts(write("s.csv", "sentence1,sentence2,score\na,b,1\n"), column="1").texts == ["b"]
     refused(bare, "holds numbers", column="2")
     refused(bare, "no column 'text'", "no header was recognised", "a man runs", column="text")
     refused(write("n.csv", "1,2\n3,4\n"), "no column holds text")
+
+
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        ("review,stars\nFine.,4\nBad.,0\n", "'0', '1' (no header was recognised; the first row is: review, stars)"),
+        ("body,author,date\nFine.,Ann,2020-01-02\n", "the first row is: body, author, date)"),
+        ("a man,a dog\na cat,a hen\n", "the first row is: a man, a dog)"),
+        ("a man,a dog,1,x\na cat,a hen,2,y\n", "the first row is: a man, a dog, 1, x)"),
+        ("title,author\nFine.,Ann\n", "the columns are 'title', 'author'."),
+    ],
+)
+def test_several_columns_of_text_in_a_csv_are_not_mixed(write, content: str, columns: str) -> None:
+    path = write("a.csv", content)
+    said = refused(path, "several columns hold text", columns, "--column NAME")
+    assert ("by position" in said) == ("no header" in said)
+    assert load_texts(path, column="0").texts[-1] == content.splitlines()[-1].split(",")[0]
+
+
+def test_a_csv_without_a_known_header_is_read_as_data_and_the_report_says_so(write) -> None:
+    pairs, one = write("pairs.csv", "a man,someone,4.5\na cat,a dog,1\n"), write("one.csv", "review\nFine.\n")
+    note = "no header was recognised, {} read, and the first row is taken as data"
+    assert str(load_texts(pairs).report).endswith(f"left out); {note.format('columns 0 and 1 are')}")
+    assert str(load_texts(one).report).endswith(f"left out); {note.format('column 0 is')}")
+    both = str(load_texts([one, pairs, ["a text"]]).report)
+    assert both.startswith("3 sources: 7 texts from 5 rows")
+    assert both.endswith(f"; {one}: {note.format('column 0 is')}; {pairs}: {note.format('columns 0 and 1 are')}")
+    named = load_texts(one, column="review")
+    assert (named.texts, "header" in str(named.report)) == (["Fine."], False)
+
+
+def test_names_of_columns_match_whatever_their_case(write, tmp_path: Path) -> None:
+    assert load_texts(write("a.csv", "Text,Author,Url\nFine.,Ann,x\n")).texts == ["Fine."]
+    assert load_texts(write("a.csv", "TEXT,text\nno,yes\n")).texts == ["yes"]
+    assert load_texts(write("a.csv", "Review,Stars\nFine.,x\n"), column="review").texts == ["Fine."]
+    refused(write("a.csv", "TEXT,Text,n\na,b,1\n"), "several columns")
+    assert load_texts(write("a.jsonl", '{"Text": "Fine.", "by": "Ann"}\n')).texts == ["Fine."]
+    assert load_texts(parquet(tmp_path, {"Text": ["Fine."], "by": ["Ann"]})).texts == ["Fine."]
+    labelled = load_labelled(parquet(tmp_path, {"Text": ["a", "b"], "Label": [1, 0]}))
+    assert (labelled.texts, labelled.labels) == (["a", "b"], [1, 0])
+    corpus = write("c.jsonl", '{"ID": "1", "Title": "Cats", "Text": "purr"}\n')
+    assert load_retrieval(corpus, corpus, write("q.txt", "1 0 1 1\n")).corpus == ["Cats purr"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parted"),
+    [
+        ("a.csv", "id;text\n1;hello, you\n2;bye\n", "semicolons"),
+        ("a.csv", "1;hello\n2;bye\n", "semicolons"),
+        ("a.csv", "1\thello\n2\tbye\n", "tabs"),
+        ("a.tsv", "id|text\n1|hello|\n", "bars"),
+    ],
+)
+def test_another_delimiter_is_named(write, name: str, content: str, parted: str) -> None:
+    refused(write(name, content), f"{name}, line 1", f"parted by {parted}", "write the file anew")
+
+
+@pytest.mark.parametrize(
+    "content", ['"id"\t"text"\n"1"\t"Fine."\n', 'id\ttext\n1\t"He said ""no""."\n', 'n\t"text"\n1\t"a"\n2\t"b"\n']
+)
+def test_a_quoted_tsv_is_refused(write, content: str) -> None:
+    refused(write("a.tsv", content), "a.tsv, line 1", "read unquoted", ".csv or .jsonl")
+
+
+def test_quotes_in_a_tsv_are_part_of_the_text(write) -> None:
+    texts = ['"No," he said.', '"Quoted."', 'An inch: 1"']
+    assert load_texts(write("a.tsv", "text\n" + "\n".join(texts))).texts == texts
+    assert load_texts(write("a.tsv", '"Quoted."\n')).texts == ['"Quoted."']
+
+
+@pytest.mark.parametrize("content", ["text\na; b\nc; d\n", "a; b\nc\n", "a; b\n", "a|b,1\nc|d,2\n"])
+def test_texts_with_a_semicolon_are_texts(write, content: str) -> None:
+    assert len(load_texts(write("a.csv", content))) == content.count("\n") - content.startswith("text")
 
 
 def test_an_unknown_column_gets_a_suggestion(write) -> None:
@@ -276,7 +355,51 @@ def test_an_unknown_column_gets_a_suggestion(write) -> None:
     ]
 
 
-# Hub data sets
+# Data sets
+
+
+def test_a_data_set_in_memory_is_read_like_a_file() -> None:
+    import datasets
+
+    features = datasets.Features({"Text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    data = datasets.Dataset.from_dict({"Text": ["fine", " ", "good", "fine"], "label": [1, 0, 1, 0]}, features=features)
+    found = load_texts(data.with_format("torch"))
+    assert (found.texts, found.report.rows) == (["fine", "good"], 4)
+    assert load_texts([data, ["bye"]]).texts == load_texts((data, ["bye"])).texts == ["fine", "good", "bye"]
+    assert load_labelled(data, data).labels == [1, 1, 0]
+    refused(datasets.Dataset.from_dict({"a": ["x"], "b": ["y"]}), "several columns", "'a', 'b'")
+    refused(datasets.Dataset.from_dict({"text": ["x", None]}), "Dataset, row 2", "null")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_data_sets_that_are_no_table_are_refused() -> None:
+    import datasets
+
+    data = datasets.Dataset.from_dict({"text": ["x"]})
+    refused(datasets.DatasetDict(train=data), "not from DatasetDict")
+    refused(data.to_iterable_dataset(), "not from IterableDataset", "list(...)")
+
+
+def test_a_saved_data_set_is_read_and_the_folder_of_its_splits_names_them(tmp_path: Path) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_dict({"text": ["one", "two"], "n": [1, 2]})
+    datasets.DatasetDict(train=data).save_to_disk(tmp_path / "saved")
+    assert load_texts(tmp_path / "saved" / "train").texts == load_texts((str(tmp_path / "saved/train"),)).texts
+    assert load_texts(tmp_path / "saved" / "train").report.sources[0].source == str(tmp_path / "saved" / "train")
+    refused(tmp_path / "saved", "holds 1 splits", f"name one: {tmp_path}/saved/train")
+    (tmp_path / "saved" / "train" / "dataset_info.json").write_text("{")
+    refused(tmp_path / "saved" / "train", "cannot be read as a data set")
+
+
+def test_the_name_of_a_file_in_a_list_is_no_text(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write("array.json", "[]")
+    (tmp_path / "arrows").mkdir()
+    refused(["array.json"], "'array.json' is the name of a file", ".jsonl")
+    refused(["a text", "array.json"], "'array.json'")
+    refused(["arrows"], "'arrows' is the name of a folder", "arrows/*.parquet")
+    assert load_texts(["arrows", "bows", ".", "/"]).texts == ["arrows", "bows", ".", "/"]
 
 
 def test_hub_data_sets_are_read_like_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +473,8 @@ def test_a_hub_data_set_is_read_and_named_at_its_commit(hub, write, name: str, c
     assert found.report.sources[0].commit == commit * 40
     pairs = load_pairs(name)
     assert (pairs.score, pairs.source) == (["abc".index(commit)], named.format(commit * 40))
-    assert load_labelled(name, name).source == named.format(commit * 40)
+    with pytest.raises(DataError, match=f"{named.format(commit * 40)}: its 1 texts are of one class, 'x'"):
+        load_labelled(name, name)
     task = load_retrieval(name, name, path := write("qrels.txt", "1 0 1 1\n"))
     assert task.corpus == found.texts
     assert task.source == f"{named.format(commit * 40)}, {named.format(commit * 40)}, {path}"
@@ -466,6 +590,7 @@ QUERIES = '{"id": 1, "text": "who purrs"}\n{"id": "2", "text": "who barks"}\n'
     [
         "1 0 d1 2\n1 0 d9 1\n7 0 d1 1\n2 Q0 d2 -1\n",
         "query-id\tcorpus-id\tscore\n1\td1\t2\n1\td9\t1\n7\td1\t1\n2\td2\t0\n",
+        "query-id\tcorpus-id\tscore\n1\td1\t2.0\n1\td9\t1.0\n7\td1\t1.0\n2\td2\t-1.00\n",
     ],
 )
 def test_retrieval_from_trec_and_beir(write, qrels: str) -> None:
@@ -482,6 +607,7 @@ def test_retrieval_from_trec_and_beir(write, qrels: str) -> None:
     [
         ("1 0 d1\n", "line 1: expected"),
         ("1 0 d1 high\n", "line 1: expected"),
+        ("1 0 d1 1.5\n", "line 1: expected"),
         ("1 0 d1 1\n1 0 d1 2\n", "line 2: 'd1' has grade 2 for query '1', and 1"),
         ("1 0 x 1\n", "Do the files belong together"),
         ("", "none of its 0 judgements"),
@@ -490,6 +616,12 @@ def test_retrieval_from_trec_and_beir(write, qrels: str) -> None:
 def test_judgements_that_cannot_be_used(write, qrels: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
         load_retrieval(write("c.jsonl", CORPUS), write("q.jsonl", QUERIES), write("qrels.txt", qrels))
+
+
+def test_judgements_are_a_file(write, tmp_path: Path) -> None:
+    for path, why in ((tmp_path, "is a folder"), (tmp_path / "qrels.tsv", r"qrels\.tsv does not exist")):
+        with pytest.raises(DataError, match=why):
+            load_retrieval(write("c.jsonl", CORPUS), write("q.jsonl", QUERIES), path)
 
 
 def test_an_id_given_twice_is_refused(write) -> None:
@@ -516,13 +648,15 @@ def test_numbers_are_sorted_as_numbers(write) -> None:
 
 
 def test_labels_that_cannot_be_used(write) -> None:
-    train = write("train.csv", "text,intent\na,greeting\n")
+    train = write("train.csv", "text,intent\na,greeting\nb,farewell\n")
     with pytest.raises(DataError, match=r"test\.csv, line 3, .*'greting' does not occur in .* Did you mean greeting\?"):
         load_labelled(train, write("test.csv", "text,intent\na,greeting\nb,greting\n"))
     with pytest.raises(DataError, match="line 2, column 'intent': the label is empty"):
         load_labelled(write("a.csv", "text,intent\na,\n"))
     with pytest.raises(DataError, match="no column 'label' or 'category' or 'intent'"):
         load_labelled(write("a.csv", "text,klass\na,b\n"))
+    with pytest.raises(DataError, match="its 2 texts are of one class, 'greeting'; a set has two or more"):
+        load_labelled(write("a.csv", "text,intent\na,greeting\nb,greeting\n"))
 
 
 # Anything at all

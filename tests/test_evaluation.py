@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,21 @@ def test_an_undefined_score_is_null_in_json() -> None:
     assert Scores({"student": {"x": undefined}}, {}).as_json()["scores"]["student"]["x"]["value"] is None
 
 
+# Seen in training
+
+
+def test_queries_sentences_and_test_texts_among_the_training_texts_are_counted(texts_task: Retrieval) -> None:
+    test = Labelled(texts=["t", "u", "u"], labels=[0, 1, 1], names=["a", "b"])
+    data = EvaluationData(
+        pairs={"sts": Pairs(sentence1=["a", "b"], sentence2=["b", "c"], score=[0.0, 1.0])},
+        retrieval={"docs": texts_task},
+        labelled={"intents": Labelled(texts=["v", "w"], labels=[0, 1], names=["a", "b"], test=test)},
+    )
+    assert data.among(["b", "u", "v", *texts_task.corpus]) == {"sentences of sts": 1, "test texts of intents": 1}
+    assert data.among(texts_task.queries) == {"queries of docs": len(set(texts_task.queries))}
+    assert data.among([]) == {}
+
+
 # The whole
 
 
@@ -192,6 +208,7 @@ def test_evaluate_scores_all_systems_and_the_teacher_runs_once(
     data = EvaluationData(
         texts=tiny.SENTENCES, pairs={"sts": pairs}, retrieval={"docs": texts_task}, labelled={"intents": halves}
     )
+    data = replace(data, trained_on={"sentences of sts": 2})
     first = evaluate({"student": student, "itself": teacher}, teacher, data, store=tmp_path / "store")
 
     def forbidden(*_: object) -> None:
@@ -210,6 +227,7 @@ def test_evaluate_scores_all_systems_and_the_teacher_runs_once(
     ]
     metrics = {"docs ndcg@10", "docs recall@10", "sts spearman", "intents accuracy"}
     assert set(first.table["teacher"]) == metrics
+    assert first.as_json()["trained_on"] == {"sentences of sts": 2}
     assert set(task_scores(pairs=data.pairs, retrieval=data.retrieval, labelled=data.labelled)) == metrics
     assert task_scores(retrieval=[""]) == ["ndcg@10", "recall@10"]
     fidelities = {"cosine to teacher", "neighbour overlap@10", "similarity spearman"}

@@ -1,6 +1,7 @@
 """A module imports only what stands above it; geometry and objectives import little; importing does nothing."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import distill
 
 ROOT = Path(distill.__file__).parent
 ORDER = [
+    "__main__",
     "errors",
     "files",
     "ahead",
@@ -250,6 +252,13 @@ def test_the_package_offers_the_same_names_to_programs_to_type_checkers_and_to_c
         assert found is (sys.modules[whole] if home == "distill" else getattr(sys.modules[whole], name)), name
     with pytest.raises(AttributeError, match="no attribute 'encode'"):
         distill.encode  # noqa: B018
+
+
+def test_the_package_names_its_commands() -> None:
+    done = subprocess.run([sys.executable, "-m", "distill"], capture_output=True, text=True, timeout=120, check=True)
+    named = re.findall(r"^  python -m distill\.(\w+) +\w", done.stdout, re.MULTILINE)
+    starts = [name for name, path in modules().items() if '\nif __name__ == "__main__":' in path.read_text()]
+    assert sorted(named) == sorted({name.removesuffix(".__main__") for name in starts} - {"__main__"})
 
 
 def test_annotations_are_for_users_too() -> None:

@@ -27,7 +27,16 @@ def test_what_does_not_fit_names_every_flag_and_the_way_to_more() -> None:
     assert "--train: How to train.\n" in short
     assert all(f".flag-{number}" in short.split() for number in range(60))
     assert "--loss: \n    .kl" in short
-    assert "--help GROUP tells of a group's flags, --help all of every one." in short
+    assert "--help GROUP describes a group's flags, --help all every flag." in short
+
+
+def test_a_line_of_a_description_that_begins_with_a_flag_is_none() -> None:
+    purpose = "  Teachers beside\n  --teacher.\n"
+    flags = FLAGS + "  --train.method STR\n        gram: the same in\n        --train.flag-0 numbers.\n"
+    text = HEAD + OWN + GROUP.format(flags=flags).replace("  How to train.\n", purpose)
+    short = manual.fitted(text, [])
+    assert "--train: Teachers beside --teacher.\n" in short
+    assert [short.split().count(f".{name}") for name in ("flag-0", "flag-59", "method")] == [1, 1, 1]
 
 
 def test_a_group_or_all_of_them_are_shown_whole() -> None:

@@ -1,5 +1,6 @@
 """What stands on the screen at the end of a run: readable at 120 columns, with the numbers of the scores."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,14 @@ def test_a_teacher_score_of_zero_has_no_retention(scores: Scores) -> None:
     assert scores.kept("nobody") == {}
 
 
+def test_texts_of_the_evaluation_among_the_training_texts_are_counted_in_a_line(scores: Scores, run: Run) -> None:
+    assert "among the training texts" not in report.summary(run, scores)
+    seen = replace(scores, trained_on={"queries of cacm-docs": 52, "sentences of sts": 2910})
+    assert "\namong the training texts: 52 queries of cacm-docs, 2,910 sentences of sts\n" in report.summary(run, seen)
+
+
 def test_without_scores_there_is_still_a_student(run: Run) -> None:
     text = report.summary(run, Scores({"teacher": {}, "student": {}}, {}))
+    assert text.startswith("\nnothing was measured: no text was held out (--held-out)")
     assert "keeps" not in text
     assert 'SentenceTransformer("runs/mine/student")' in text

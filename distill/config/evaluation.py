@@ -1,6 +1,7 @@
 """The flags --evaluation.*, the data they name, and the texts that are kept for it."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -49,8 +50,11 @@ class EvaluationConfig:
             labelled=[_stem(self.classify_test)] if self.classify_test else [],
         )
 
-    def load(self, texts: list[str], *, role: str | None = None) -> EvaluationData:
-        """The data, with `texts` for fidelity. Read before the training: a mistake in a file shows at once."""
+    def load(self, texts: list[str], *, role: str | None = None, trained_on: Iterable[str] = ()) -> EvaluationData:
+        """The data, with `texts` for fidelity, and how much of it is among the texts that are `trained_on`.
+
+        Read before the training: a mistake in a file shows at once.
+        """
         pairs = {_stem(name): load_pairs(name) for name in self.sts}
         retrieval = {}
         if self.corpus and self.queries and self.qrels:
@@ -58,9 +62,10 @@ class EvaluationConfig:
         labelled = {}
         if self.classify_train and self.classify_test:
             labelled[_stem(self.classify_test)] = load_labelled(self.classify_train, self.classify_test)
-        return EvaluationData(
+        data = EvaluationData(
             texts=texts, role=role, pairs=pairs, retrieval=retrieval, labelled=labelled, precisions=self.precisions
         )
+        return replace(data, trained_on=data.among(trained_on))
 
 
 def _stem(name: str) -> str:

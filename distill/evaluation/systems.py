@@ -1,6 +1,6 @@
 """Teacher and students on the same data: which vectors go where."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,8 @@ class EvaluationData:
     labelled: Mapping[str, Labelled] = field(default_factory=dict)
     precisions: Sequence[Precision] = ()
     """Of stored vectors, to be measured beside float32."""
+    trained_on: Mapping[str, int] = field(default_factory=dict)
+    """How many texts of which kind are among the training texts, where there are any; the scores carry it along."""
 
     def __post_init__(self) -> None:
         for name, task in self.retrieval.items():
@@ -58,6 +60,20 @@ class EvaluationData:
             parts += [(None, [*labelled.texts, *(labelled.test.texts if labelled.test else [])])]
         roles = dict.fromkeys(role for role, _ in parts)
         return {role: list(dict.fromkeys(t for name, some in parts if name == role for t in some)) for role in roles}
+
+    def among(self, texts: Iterable[str]) -> dict[str, int]:
+        """How many different sentences, queries and labelled test texts are among `texts`, as far as any are.
+
+        Documents are not counted: those of an index that exists are trained on by design.
+        """
+        known = set(texts)
+        parts: dict[str, Iterable[str]] = {
+            f"sentences of {name}": [*pairs.sentence1, *pairs.sentence2] for name, pairs in self.pairs.items()
+        }
+        parts |= {f"queries of {name}": task.queries for name, task in self.retrieval.items()}
+        parts |= {f"test texts of {name}": one.test.texts for name, one in self.labelled.items() if one.test}
+        counts = {name: len(known.intersection(some)) for name, some in parts.items()}
+        return {name: count for name, count in counts.items() if count}
 
     def sources(self) -> dict[str, str]:
         """Where each labelled task comes from, as far as it is known; data sets on the Hub with their commits."""
@@ -122,7 +138,7 @@ def evaluate(
         stored += _stored_scores(name, encode, data)
     everyone = {"teacher": teacher if joined is None else joined.teachers, **students}
     measured = speeds(everyone, data.any_texts()) if speed and data.any_texts() else {}
-    return Scores(table, measured, slices, closeups, stored, data.sources())
+    return Scores(table, measured, slices, closeups, stored, data.sources(), dict(data.trained_on))
 
 
 def task_scores(

@@ -4,14 +4,14 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO
 
 from distill.errors import DataError, ResourceError
-from distill.tables.table import Row, Table, meant, sampled, shown
+from distill.tables.table import Row, Table, meant, sampled, shown, with_names
 
 LONGEST_LINE = 1 << 28  # bytes; a longer "line" is a binary file or a bomb
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
@@ -45,13 +45,20 @@ def file_table(path: Path, wanted: tuple[str, ...]) -> Table:
         ".txt": _txt,
     }
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if not path.is_file():
-        near = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {kind}.{meant(path.name, near)}")
+    refuse_missing(path)
     if suffix not in readers:
         raise DataError(f"{path}: cannot tell the format from the ending {suffix!r}; known are {', '.join(SUFFIXES)}.")
     return readers[suffix](path, wanted)
+
+
+def refuse_missing(path: Path) -> None:
+    """DataError if there is no file of this name."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name a file in it, or several: {path / '*.parquet'}")
+    if not path.is_file():
+        near = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        texts = "" if is_data_name(path.name) else " Texts themselves are given as a list; a tuple is one of sources."
+        raise DataError(f"{path} does not exist.{meant(path.name, near)}{texts}")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -136,7 +143,9 @@ def _csv(path: Path, wanted: tuple[str, ...]) -> Table:
 
     rows = records()
     number, first = next(((number, cells) for number, cells in rows if cells), (0, []))
-    header = bool({cell.strip().lower() for cell in first} & HEADER_NAMES or set(wanted) & set(first))
+    header = _is_header(first, wanted)
+    if len(first) == 1:
+        _refuse_other_delimiter(f"{path}, line {number}", first)
     columns = [cell.strip() for cell in first] if header else [str(index) for index in range(len(first))]
     if len(set(columns)) < len(columns):
         raise DataError(f"{path}, line {number}: two columns have one name: {', '.join(columns)}.")
@@ -148,13 +157,49 @@ def _csv(path: Path, wanted: tuple[str, ...]) -> Table:
             if len(cells) != len(columns):
                 raise DataError(
                     f"{path}, line {number}: {len(cells)} cells, but {len(columns)} in the first row. "
-                    "A text with a comma has to stand in quotes."
+                    + ("A text cannot hold a tab." if tabs else "A text with a comma has to stand in quotes.")
                 )
             yield number, dict(zip(columns, cells, strict=True))
 
     number_of_first = number
     shown = "" if header else ", ".join(first)[:80]
-    return sampled(Table(name=str(path), unit="line", columns=columns, rows=named(), typed=False, first=shown))
+    table = sampled(Table(name=str(path), unit="line", columns=columns, rows=named(), typed=False, first=shown))
+    if len(columns) == 1:
+        cells = [row[columns[0]] for _, row in table.sample[:10]]
+        _refuse_other_delimiter(f"{path}, line {number}", [*first, *cells] if header else cells)
+    if tabs:
+        rows_seen = [[*row.values()] for _, row in table.sample[:10]]
+        _refuse_quotes(f"{path}, line {number}", [first, *rows_seen] if header else rows_seen)
+    return table
+
+
+def _is_header(cells: Sequence[str], wanted: Sequence[str] = ()) -> bool:
+    return bool({cell.strip().lower() for cell in cells} & {*HEADER_NAMES, *(name.lower() for name in wanted)})
+
+
+def _refuse_quotes(place: str, rows: list[list[str]]) -> None:
+    """DataError where the cells of a column all stand in quotes, or one does and doubles those within."""
+    for column in zip(*rows, strict=True):
+        filled = [cell for cell in column if cell.strip()]
+        quoted = [cell for cell in filled if len(cell) > 1 and cell[0] == cell[-1] == '"']
+        if (len(quoted) == len(filled) > 1) or any('""' in cell[1:-1] for cell in quoted):
+            raise DataError(
+                f"{place}: cells stand in quotes ({shown(quoted[0])}), and a .tsv is read unquoted. Write it without quotes, "
+                "or as .csv or .jsonl."
+            )
+
+
+def _refuse_other_delimiter(place: str, cells: list[str]) -> None:
+    """DataError where rows of one cell look like rows of several, parted by something else."""
+    filled = [cell for cell in cells if cell.strip()]
+    for mark, name in {";": "semicolons", "\t": "tabs", "|": "bars"}.items():
+        counts = {cell.count(mark) for cell in filled}
+        alike = len(filled) > 1 and len(counts) == 1 and counts != {0}
+        if alike or (filled and mark in filled[0] and _is_header(filled[0].split(mark))):
+            raise DataError(
+                f"{place}: one column, whose cells look parted by {name} ({shown(filled[0])}). A .csv is parted by commas, "
+                "a .tsv by tabs: write the file anew, or rename it. Texts that hold such marks are read from .txt or .jsonl."
+            )
 
 
 def _parquet(path: Path, wanted: tuple[str, ...]) -> Table:
@@ -166,8 +211,8 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Table:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is no Parquet file ({str(error).splitlines()[0]}).") from error
     types = {item.name: item.type for item in file.schema_arrow}
-    texts = [name for name, kind in types.items() if name == "text" or "string" in str(kind)]  # also of dictionaries
-    read = [name for name in types if name in wanted] or texts
+    strings = [name for name, kind in types.items() if "string" in str(kind)]  # also of dictionaries
+    read = with_names(types, wanted) or with_names(types, ["text", *strings])
 
     def rows() -> Iterator[Row]:
         number = 0

@@ -1,13 +1,13 @@
-"""Tables from data sets on the Hub, by `datasets`."""
+"""Tables from data sets on the Hub, in memory or in a folder, by `datasets`."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from distill.errors import DataError, ResourceError
 from distill.hub import COMMIT, dataset_commit
-from distill.tables.table import Row, Table, sampled
+from distill.tables.table import Row, Table, sampled, with_names
 
 # NAME or NAME@REVISION, then :CONFIG:SPLIT; without an ORG/ in front, both colons are there.
 HUB_DATA = re.compile(
@@ -15,13 +15,24 @@ HUB_DATA = re.compile(
 )
 
 
+@runtime_checkable
+class DataSet(Protocol):
+    """What is used of a `datasets.Dataset`, so that the package is imported for what needs it alone."""
+
+    @property
+    def column_names(self) -> list[str]: ...
+    @property
+    def features(self) -> Any: ...
+    def select_columns(self, column_names: Any) -> Any: ...
+    def with_format(self, type: Any) -> Any: ...
+    def __len__(self) -> int: ...
+
+
 def hub_table(name: str, revision: str | None, token: str | None, wanted: tuple[str, ...]) -> Table:
     """A split of a Hub data set, "org/name@REVISION:config:split"; `main`, the default and `train` if none is named.
 
     The table's name has the commit that was read in place of the revision, where it is known.
     """
-    from datasets import ClassLabel
-
     whole, config, split = (*name.split(":"), "", "")[:3]
     repository, _, named = whole.partition("@")
     revision = dataset_commit(repository, revision=named or revision, token=token) or named or revision
@@ -33,9 +44,28 @@ def hub_table(name: str, revision: str | None, token: str | None, wanted: tuple[
             f"Unset HF_HUB_OFFLINE and try again, or name {repository}@{commit}."
         )
     title = name.replace(whole, f"{repository}@{commit}", 1) if commit else name
-    columns = list(data.column_names)
-    texts = [name for name in columns if name == "text" or getattr(data.features[name], "dtype", "") == "string"]
-    data = data.select_columns([name for name in columns if name in wanted] or texts)  # pictures stay undecoded
+    return dataset_table(data, title, wanted, commit)
+
+
+def saved_table(folder: Path, wanted: tuple[str, ...]) -> Table:
+    """Of a folder that `Dataset.save_to_disk` wrote."""
+    from datasets import load_from_disk
+
+    try:
+        data = load_from_disk(str(folder))
+    except Exception as error:  # damaged JSON and Arrow files raise what their readers do
+        raise DataError(f"{folder} cannot be read as a data set ({type(error).__name__}: {error}).") from error
+    return dataset_table(data, str(folder), wanted)
+
+
+def dataset_table(given: DataSet, title: str, wanted: tuple[str, ...], commit: str | None = None) -> Table:
+    from datasets import ClassLabel
+
+    data, columns = given.with_format(None), list(given.column_names)
+    strings = [name for name in columns if "string" in str(getattr(data.features[name], "dtype", ""))]
+    data = data.select_columns(
+        with_names(columns, wanted) or with_names(columns, ["text", *strings])
+    )  # pictures stay undecoded
     classes = {key: value for key, value in data.features.items() if isinstance(value, ClassLabel)}
 
     def rows() -> Iterator[Row]:

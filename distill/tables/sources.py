@@ -1,5 +1,6 @@
-"""Which table a source is: a file, a glob, a data set on the Hub, a list of texts, or several of these."""
+"""Which table a source is: a file, a glob, a data set, a list of texts, or several of these."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from glob import glob
@@ -9,10 +10,10 @@ from typing import Any
 
 from distill.errors import DataError
 from distill.tables.files import SUFFIXES, file_table, is_data_name
-from distill.tables.hub_data import HUB_DATA, hub_table
+from distill.tables.hub_data import HUB_DATA, DataSet, dataset_table, hub_table, saved_table
 from distill.tables.table import Table, shown
 
-Source = str | Path
+Source = str | Path | DataSet
 
 
 def read_tables(
@@ -23,8 +24,13 @@ def read_tables(
     `revision` is of the Hub data sets that name none.
     """
     if isinstance(source, Path):
-        yield file_table(source, wanted)
+        yield _path_table(source, wanted)
     elif isinstance(source, str):
+        if re.match(r"[A-Za-z][\w+.-]*://", source):
+            raise DataError(
+                f"{source} is an address, and texts come from files and from data sets on the Hub. Download it and give "
+                "the file, or name the data set: org/name:config:split."
+            )
         if set("*?[") & set(source) and not Path(source).is_file():
             paths = [Path(path) for path in sorted(glob(source, recursive=True))]
             if not (files := [path for path in paths if path.is_file()]):
@@ -34,9 +40,15 @@ def read_tables(
         elif _is_hub_data(source):
             yield hub_table(source, revision, token, wanted)
         else:
-            yield file_table(Path(source).expanduser(), wanted)
+            yield _path_table(Path(source).expanduser(), wanted)
+    elif isinstance(source, DataSet):
+        yield dataset_table(source, type(source).__name__, wanted)
     elif not isinstance(source, Sequence):
-        raise DataError(f"Texts come from a path, a name or a list, not from {type(source).__name__}.")
+        listed = ' Make a list of it, list(...); of a table, of its column: list(table["text"]).'
+        raise DataError(
+            f"Texts come from a path, a name, a list or a Dataset, not from {type(source).__name__}."
+            + (listed if hasattr(source, "__iter__") else "")
+        )
     elif isinstance(source, tuple) or _are_sources(source):
         for item in source:
             if isinstance(item, Source):
@@ -45,6 +57,15 @@ def read_tables(
                 yield _listed_texts(item)
     else:
         yield _listed_texts(source)
+
+
+def _path_table(path: Path, wanted: tuple[str, ...]) -> Table:
+    """Of a file, or of a folder that `datasets` wrote."""
+    if (path / "state.json").is_file():
+        return saved_table(path, wanted)
+    if splits := sorted(path.glob("*/state.json")) if path.is_dir() else []:
+        raise DataError(f"{path} holds {len(splits)} splits of a data set; name one: {splits[-1].parent}")
+    return file_table(path, wanted)
 
 
 def _listed_texts(texts: Sequence[Any]) -> Table:
@@ -77,7 +98,7 @@ def _are_sources(items: Sequence[Any]) -> bool:
     likely = [
         (is_data_name(item) or bool(HUB_DATA.fullmatch(item) and item.count(":") == 2))
         if isinstance(item, str)
-        else isinstance(item, Path | list | tuple)
+        else isinstance(item, Path | list | tuple | DataSet)
         for item in items
     ]
     if all(likely):
@@ -89,4 +110,15 @@ def _are_sources(items: Sequence[Any]) -> bool:
                 f"A list holds either texts or sources, this one holds both: {str(item)!r} and {shown(other)} "
                 f"(item {likely.index(False) + 1}). Known file endings: {', '.join(SUFFIXES)}, each also with .gz."
             )
+    there = [item for item, known in zip(items, likely, strict=True) if not known and _is_there(item)]
+    if there and (len(there) == len(items) or any(Path(item).suffix for item in there)):
+        name, folder = there[0], Path(there[0]).is_dir()
+        kind = "folder; its files are" if folder else "file, whose ending is none of"
+        known = f"{name}/*.parquet" if folder else ", ".join(SUFFIXES)
+        raise DataError(f"A list holds texts or sources, and {name!r} is the name of a {kind} {known}.")
     return False
+
+
+def _is_there(text: Any) -> bool:
+    """Whether a text is the name of a file or folder: one word, and no mere dot."""
+    return isinstance(text, str) and bool(re.fullmatch(r"\S*\w\S*", text)) and os.path.exists(text)

@@ -96,13 +96,16 @@ def text_columns(table: Table, column: str | None) -> list[str]:
             if not table.typed and not _holds_text(table, name):
                 raise DataError(f"{table.name}: column {name!r} holds numbers, not texts.")
         return chosen
-    if "text" in table.columns:
-        return ["text"]
+    for names in (["text"], ["sentence1", "sentence2"]):
+        if len(found := with_names(table.columns, names)) == len(names):
+            return found
     texts = [name for name in table.columns if _holds_text(table, name)]
-    if len(texts) == 1 or (texts and not table.typed):
+    bare_pairs = not table.typed and table.columns == ["0", "1", "2"] and texts == ["0", "1"]
+    if len(texts) == 1 or bare_pairs:
         return texts
     what = "several columns hold text" if texts else "no column holds text"
-    raise DataError(f"{table.name}: {what}; the columns are {listed(table.columns)}. Say which: column=...")
+    which = "--column NAME, or by position, --column 0" if table.first else "--column NAME"
+    raise DataError(f"{table.name}: {what}; {_known(table)}. Say which: {which} (column=... in Python).")
 
 
 def _holds_text(table: Table, column: str) -> bool:
@@ -120,18 +123,29 @@ def _is_numeric(cell: str) -> bool:
     return True
 
 
-def find_column(table: Table, *names: str) -> str:
-    """The first of `names` that the table has; a CSV's columns also answer to their position."""
+def with_names(columns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The columns of these names; for a name that none has exactly, the one that differs in upper and lower case alone."""
+    columns, found = list(columns), []
     for name in names:
-        if name in table.columns:
-            return name
+        near = [name] if name in columns else [column for column in columns if column.lower() == name.lower()]
+        found += near if len(near) == 1 else []
+    return list(dict.fromkeys(found))
+
+
+def find_column(table: Table, *names: str) -> str:
+    """The first of `names` that the table has, as `with_names` matches; a CSV's columns also answer to their position."""
+    for name in names:
+        if found := with_names(table.columns, [name]):
+            return found[0]
         if not table.typed and name.isdecimal() and int(name) < len(table.columns):
             return table.columns[int(name)]
     asked = " or ".join(repr(name) for name in names)
+    raise DataError(f"{table.name} has no column {asked}; {_known(table)}.{meant(names[0], table.columns)}")
+
+
+def _known(table: Table) -> str:
     first = f" (no header was recognised; the first row is: {table.first})" if table.first else ""
-    raise DataError(
-        f"{table.name} has no column {asked}; the columns are {listed(table.columns)}{first}.{meant(names[0], table.columns)}"
-    )
+    return f"the columns are {listed(table.columns)}{first}"
 
 
 # Words of messages

@@ -24,6 +24,7 @@ from distill.modules import Tokens
 from distill.similarity import normalize
 from distill.training import finite, sampling
 from distill.training.optimizer import set_rate
+from distill.training.settings import out_of_range
 
 NO_LABEL = -1
 MOST_NAMED = 5  # rows in a message
@@ -56,14 +57,7 @@ class LabelConfig:
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "learning_rate", "proxy_learning_rate", "sigma_learning_rate")
-        wrong = [
-            f"{name} is above 0, got {value}" for name in positive if not 0 < (value := getattr(self, name)) < math.inf
-        ]
-        wrong += [
-            f"{name} is 0 or more, got {value}"
-            for name in ("weight_decay", "distillation", "clip_norm", "seed")
-            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf
-        ]
+        wrong = out_of_range(self, positive, ("weight_decay", "distillation", "clip_norm", "seed"))
         if not 0 <= self.warmup_fraction <= 1:
             wrong.append(f"warmup_fraction is 0..1, got {self.warmup_fraction}")
         if wrong:

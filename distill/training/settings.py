@@ -1,6 +1,7 @@
 """How a student is trained: the settings of a run, checked before any weight is loaded."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -107,16 +108,7 @@ class TrainConfig:
             "start_decay",
             "hard_neighbours",
         )
-        wrong = [
-            f"{name} is above 0, got {value}"
-            for name in positive
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf
-        ]
-        wrong += [
-            f"{name} is 0 or more, got {value}"
-            for name in ("weight_decay", "bank_size", "seed", "clip_norm")
-            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf
-        ]
+        wrong = out_of_range(self, positive, ("weight_decay", "bank_size", "seed", "clip_norm"))
         if not 0 <= self.warmup_fraction <= 1:
             wrong.append(f"warmup_fraction is 0..1, got {self.warmup_fraction}")
         wrong += self._wrong_shares()
@@ -144,3 +136,16 @@ class TrainConfig:
             for name, value in asdict(self).items()
             if name not in _FREE and not (name in _ADDED and value == defaults[name])
         }
+
+
+def out_of_range(settings: Any, positive: Sequence[str], from_zero: Sequence[str]) -> list[str]:
+    """What is wrong with these numbers of a group of flags, each a part of a message. None is a number left out."""
+    wrong = []
+    for names, least in ((positive, "above 0"), (from_zero, "0 or more")):
+        given = {name: value for name in names if (value := getattr(settings, name)) is not None}
+        for name, value in given.items():
+            if value == math.inf:
+                wrong.append(f"{name} is finite, got {value}")
+            elif not value >= 0 or (value == 0 and names is positive):
+                wrong.append(f"{name} is {least}, got {value}")
+    return wrong
