@@ -11,6 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from distill import packages
 from distill.encoder import Encoder
@@ -438,6 +439,28 @@ def test_a_table_smaller_than_its_vocabulary_is_refused(copy_of: Callable[..., P
         Encoder.from_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(IntegrityError, match=r"tokenizer\.json cannot be read"):
+        Encoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen"])
+def test_a_folder_without_its_tokenizer_is_refused(
+    copy_of: Callable[..., Path], tiny_model: Callable[..., Path], kind: str
+) -> None:
+    """transformers makes a tokenizer that knows no word of it, and says nothing."""
+    folder = copy_of(tiny_model(kind))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    assert len(AutoTokenizer.from_pretrained(folder)) <= 5
+    with pytest.raises(IntegrityError, match=r"no tokenizer \(tokenizer\.json.*save_pretrained\("):
+        Encoder.from_pretrained(folder)
+
+
+def test_a_tokenizer_of_a_few_tokens_is_refused(copy_of: Callable[..., Path], tiny_bert: Path) -> None:
+    folder = copy_of(tiny_bert)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    with pytest.raises(IntegrityError, match="knows 5 tokens, and the model has 151"):
         Encoder.from_pretrained(folder)
 
 
