@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -209,6 +210,22 @@ def test_this_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> Non
     assert export.this_command() == "python recipes/x.py --data 'two words.txt'"
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     assert export.this_command().startswith("torchrun --nproc-per-node 4 recipes/x.py")
+
+
+@pytest.mark.parametrize("prompts", [{"query": "query: ", "document": "passage: "}, {"query": "query: "}])
+def test_usage_gives_each_role_its_prompt(
+    teacher: Encoder, provenance: Provenance, tmp_path: Path, prompts: dict[str, str]
+) -> None:
+    student = BUILD["static"](teacher)
+    student.prompts = prompts
+    path = export.export(student, tmp_path / "student", provenance=provenance)
+    code, names = export.usage(path), dict[str, Any]()
+    assert code in (path / "README.md").read_text()
+    exec(compile(code, "usage", "exec"), names)
+    query, document = student.encode(["a query for the index you already have"], role="query"), ["a document to add"]
+    assert (torch.as_tensor(names["vectors"]) - query).abs().max() <= 1e-5
+    assert (query - student.encode(["a query for the index you already have"])).abs().max() > 1e-3
+    assert (torch.as_tensor(names["added"]) - student.encode(document, role="document")).abs().max() <= 1e-5
 
 
 def test_usage_is_three_lines_that_run(teacher: Encoder, provenance: Provenance, tmp_path: Path) -> None:
