@@ -94,6 +94,14 @@ def test_the_card_is_valid_and_says_where_the_student_comes_from(
     assert "SentenceTransformer(" in card.text
 
 
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_the_card_says_what_skips_the_dense_layer_of_a_static_student(
+    kind: str, teacher: Encoder, provenance: Provenance, tmp_path: Path
+) -> None:
+    path = export.export(BUILD[kind](teacher), tmp_path / "student", provenance=provenance)
+    assert ("model2vec's `StaticModel`" in (path / "README.md").read_text()) == (kind == "static")
+
+
 def test_a_card_without_scores_and_with_a_local_teacher_is_valid(
     teacher: Encoder, provenance: Provenance, tmp_path: Path
 ) -> None:

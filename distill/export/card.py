@@ -13,6 +13,7 @@ from distill.evaluation.fidelity import is_headline
 from distill.evaluation.scores import Score
 from distill.export.provenance import Provenance
 from distill.folder import SETTINGS, read_json
+from distill.modules import Dense, StaticTable
 from distill.narrow import NAME
 from distill.quantized import INT8_MODULE
 from distill.space import Space
@@ -62,6 +63,7 @@ def model_card(
         f"A student of **{teacher}**{commit}, {_about_space(student, provenance.space)} "
         f"{student.parameter_count / 1e6:.1f}M parameters against the teacher's {record['teacher_parameters'] / 1e6:.1f}M.",
         f"## Use\n\n```python\n{usage(path, int8=bool(cost and cost.form == 'int8'), prompts=student.prompts)}\n```",
+        _about_loaders(student),
         _about_table(cost),
         f"## Scores\n\nEach with half the width of its bootstrap 95 % interval; `distill.json` has the bounds.\n\n```\n{scores}\n```"
         if scores
@@ -153,6 +155,15 @@ def _about_space(student: Encoder, space: Space | None) -> str:
     return (
         f"in a narrower space: {space.kept}. An index of the teacher's vectors stays once it is turned "
         f"by `{NAME}`, which is in this folder: `python -m distill.narrow THIS_FOLDER --vectors index.npy --output narrow.npy`."
+    )
+
+
+def _about_loaders(student: Encoder) -> str:
+    if not isinstance(student.backbone, StaticTable) or not any(isinstance(layer, Dense) for layer in student.head):
+        return ""
+    return (
+        "Open it with `SentenceTransformer`, as above, or distill's `Encoder.from_pretrained`. model2vec's `StaticModel` reads the "
+        "token table and leaves out the Dense layer behind it, without a word: its vectors are in another space."
     )
 
 
