@@ -85,6 +85,8 @@ class Encoder(nn.Module):
         A folder without modules.json is a bare transformer: mean pooling, no normalisation, as sentence-transformers
         reads it. `max_length` (tokens) overrides the folder's own. A module it does not know raises RecipeError.
         """
+        if not isinstance(name, str | Path):
+            raise TypeError(f"Encoder.from_pretrained takes a folder or a name, got {_kind_and_way(name)}")
         source = hub.resolve_model(str(name), revision=revision, token=token, cache_dir=cache_dir)
         parts = vars(folder.read(source.path))
         encoder = cls(**parts, compute_dtype=compute_dtype, name=source.name, commit=source.commit)
@@ -247,6 +249,12 @@ class Encoder(nn.Module):
         )
 
 
+def require_encoder(model: object, where: str) -> None:
+    """TypeError for another library's model, a function, or a name; it says how an Encoder is made of it."""
+    if not isinstance(model, Encoder):
+        raise TypeError(f"{where}: an Encoder is expected, got {_kind_and_way(model)}")
+
+
 def distinct(texts: Sequence[str]) -> list[str]:
     """Each text once, in their order. DataError for one text where a list of them is expected."""
     refuse_one_text(texts)
@@ -279,6 +287,17 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _kind_and_way(model: object) -> str:
+    """What was given for a model, and what to do with it."""
+    if isinstance(model, str | Path):
+        return f"{str(model)!r}. Open it: Encoder.from_pretrained({str(model)!r})."
+    if hasattr(model, "save_pretrained"):
+        way = "Save it, with its tokenizer, and open its folder: model.save_pretrained(path); Encoder.from_pretrained(path)."
+    else:
+        way = "Open a model by Encoder.from_pretrained(path); vectors alone, of an API say, go into a store by write_store (README)."
+    return f"an object of {type(model).__module__}.{type(model).__qualname__}. {way}"
 
 
 def _check_texts(texts: Sequence[str]) -> None:

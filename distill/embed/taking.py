@@ -11,7 +11,7 @@ import torch
 from distill.data import load_texts
 from distill.embed.job import flags_of
 from distill.embed.places import prepare
-from distill.encoder import Encoder
+from distill.encoder import Encoder, require_encoder
 from distill.errors import DataError, IntegrityError, reported
 from distill.identity import computing
 from distill.similarity import pairwise_cosine, usable_rows
@@ -34,6 +34,7 @@ def import_vectors(
     `checked` texts are embedded by the teacher and compared: IntegrityError names the first whose cosine is below
     `least_cosine`, since vectors of another model, prompt or max_length would teach the wrong space.
     """
+    require_encoder(teacher, "import_vectors")
     if not texts or vectors.shape != (len(texts), teacher.width):
         raise DataError(
             f"{len(texts):,} texts and vectors of shape {vectors.shape}; expected ({max(len(texts), 1)}, {teacher.width})."
