@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from distill import distributed, files, folder, hub
 from distill.ahead import ahead
+from distill.beginnings import beginnings
 from distill.errors import DataError, RecipeError
 from distill.folder import UNLIMITED, Parts
 from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone, Truncate
@@ -136,19 +137,28 @@ class Encoder(nn.Module):
             return Tokenized(Tokens.from_lists([]), [], [])
         _check_texts(texts)
         texts = [prompt + text for text in texts]
+        keeps_end = getattr(self.tokenizer, "truncation_side", "right") == "left"
+        parts = texts if keeps_end else beginnings(texts, self.max_length, _backend(self.tokenizer))
+        rows = self._rows(parts)
+        again = [i for i, (_, cut, _) in enumerate(rows) if not cut and len(parts[i]) < len(texts[i])]
+        if again:
+            for i, row in zip(again, self._rows([texts[i] for i in again]), strict=True):
+                rows[i] = row
+        ids, truncated, empty = zip(*rows, strict=True)
+        return Tokenized(Tokens.from_lists(ids), list(truncated), list(empty))
+
+    def _rows(self, texts: Sequence[str]) -> list[tuple[list[int], bool, bool]]:
+        """Of each text its tokens, whether there were more, and whether it has none of its own."""
         texts = self._lowered(texts) if self.lowercase else texts
         if isinstance(self.backbone, StaticTable):
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-            ids = [encoding.ids[: self.max_length] for encoding in encodings]
-            return Tokenized(
-                Tokens.from_lists(ids),
-                [len(encoding.ids) > self.max_length for encoding in encodings],
-                [not row for row in ids],
-            )
+            return [
+                (row[: self.max_length], len(row) > self.max_length, not row) for row in (one.ids for one in encodings)
+            ]
         batch = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_special_tokens_mask=True)
         overflow = [bool(encoding.overflowing) for encoding in batch.encodings]
         empty = [all(special) for special in batch["special_tokens_mask"]]
-        return Tokenized(Tokens.from_lists(batch["input_ids"]), overflow, empty)
+        return list(zip(batch["input_ids"], overflow, empty, strict=True))
 
     def _lowered(self, texts: Sequence[str]) -> list[str]:
         """Lower case as tokenizers make it: character by character (no final sigma), special tokens left alone."""
@@ -334,9 +344,12 @@ def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _backend(tokenizer: Any) -> Tokenizer:
+    return tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
+
+
 def _tokenizer_json(tokenizer: Any) -> str:
-    backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
-    state = json.loads(backend.to_str())
+    state = json.loads(_backend(tokenizer).to_str())
     return json.dumps(
         {key: value for key, value in state.items() if key not in ("truncation", "padding")}, sort_keys=True
     )

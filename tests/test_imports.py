@@ -60,6 +60,7 @@ ORDER = [
     "modules",
     "folder",
     "head_folder",
+    "beginnings",
     "encoder",
     "students.summary",
     "students.blocks",
