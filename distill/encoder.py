@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from distill import distributed, files, folder, hub
 from distill.ahead import ahead
+from distill.beginnings import beginnings
 from distill.errors import DataError, RecipeError
 from distill.folder import UNLIMITED, Parts
 from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone, Truncate
@@ -85,6 +86,8 @@ class Encoder(nn.Module):
         A folder without modules.json is a bare transformer: mean pooling, no normalisation, as sentence-transformers
         reads it. `max_length` (tokens) overrides the folder's own. A module it does not know raises RecipeError.
         """
+        if not isinstance(name, str | Path):
+            raise TypeError(f"Encoder.from_pretrained takes a folder or a name, got {_kind_and_way(name)}")
         source = hub.resolve_model(str(name), revision=revision, token=token, cache_dir=cache_dir)
         parts = vars(folder.read(source.path))
         encoder = cls(**parts, compute_dtype=compute_dtype, name=source.name, commit=source.commit)
@@ -134,19 +137,28 @@ class Encoder(nn.Module):
             return Tokenized(Tokens.from_lists([]), [], [])
         _check_texts(texts)
         texts = [prompt + text for text in texts]
+        keeps_end = getattr(self.tokenizer, "truncation_side", "right") == "left"
+        parts = texts if keeps_end else beginnings(texts, self.max_length, _backend(self.tokenizer))
+        rows = self._rows(parts)
+        again = [i for i, (_, cut, _) in enumerate(rows) if not cut and len(parts[i]) < len(texts[i])]
+        if again:
+            for i, row in zip(again, self._rows([texts[i] for i in again]), strict=True):
+                rows[i] = row
+        ids, truncated, empty = zip(*rows, strict=True)
+        return Tokenized(Tokens.from_lists(ids), list(truncated), list(empty))
+
+    def _rows(self, texts: Sequence[str]) -> list[tuple[list[int], bool, bool]]:
+        """Of each text its tokens, whether there were more, and whether it has none of its own."""
         texts = self._lowered(texts) if self.lowercase else texts
         if isinstance(self.backbone, StaticTable):
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-            ids = [encoding.ids[: self.max_length] for encoding in encodings]
-            return Tokenized(
-                Tokens.from_lists(ids),
-                [len(encoding.ids) > self.max_length for encoding in encodings],
-                [not row for row in ids],
-            )
+            return [
+                (row[: self.max_length], len(row) > self.max_length, not row) for row in (one.ids for one in encodings)
+            ]
         batch = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_special_tokens_mask=True)
         overflow = [bool(encoding.overflowing) for encoding in batch.encodings]
         empty = [all(special) for special in batch["special_tokens_mask"]]
-        return Tokenized(Tokens.from_lists(batch["input_ids"]), overflow, empty)
+        return list(zip(batch["input_ids"], overflow, empty, strict=True))
 
     def _lowered(self, texts: Sequence[str]) -> list[str]:
         """Lower case as tokenizers make it: character by character (no final sigma), special tokens left alone."""
@@ -247,6 +259,12 @@ class Encoder(nn.Module):
         )
 
 
+def require_encoder(model: object, where: str) -> None:
+    """TypeError for another library's model, a function, or a name; it says how an Encoder is made of it."""
+    if not isinstance(model, Encoder):
+        raise TypeError(f"{where}: an Encoder is expected, got {_kind_and_way(model)}")
+
+
 def distinct(texts: Sequence[str]) -> list[str]:
     """Each text once, in their order. DataError for one text where a list of them is expected."""
     refuse_one_text(texts)
@@ -279,6 +297,17 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _kind_and_way(model: object) -> str:
+    """What was given for a model, and what to do with it."""
+    if isinstance(model, str | Path):
+        return f"{str(model)!r}. Open it: Encoder.from_pretrained({str(model)!r})."
+    if hasattr(model, "save_pretrained"):
+        way = "Save it, with its tokenizer, and open its folder: model.save_pretrained(path); Encoder.from_pretrained(path)."
+    else:
+        way = "Open a model by Encoder.from_pretrained(path); vectors alone, of an API say, go into a store by write_store (README)."
+    return f"an object of {type(model).__module__}.{type(model).__qualname__}. {way}"
 
 
 def _check_texts(texts: Sequence[str]) -> None:
@@ -315,9 +344,12 @@ def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _backend(tokenizer: Any) -> Tokenizer:
+    return tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
+
+
 def _tokenizer_json(tokenizer: Any) -> str:
-    backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
-    state = json.loads(backend.to_str())
+    state = json.loads(_backend(tokenizer).to_str())
     return json.dumps(
         {key: value for key, value in state.items() if key not in ("truncation", "padding")}, sort_keys=True
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distill import files
 from distill.errors import IntegrityError, RecipeError
+from distill.model_files import has_vocabulary
 from distill.modules import Dense, Normalize, Pooling, StaticTable, TransformerBackbone, Truncate
 from distill.quantized import INT8_MODULE, TableFormat, read_table, stored, table_tensors
 
@@ -281,6 +282,11 @@ def _load_transformer(folder: Path) -> tuple[Any, Any]:
     config = read_json(folder / "config.json", {})
     if not config:
         raise IntegrityError(f"{folder}/config.json is missing or empty. Fetch the model again.")
+    if not has_vocabulary(folder):
+        raise IntegrityError(
+            f"{folder} holds no tokenizer (tokenizer.json, vocab.txt, vocab.json with merges.txt, or a SentencePiece .model): "
+            f"no word would be known. {_save_tokenizer(folder)}"
+        )
     safe = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _quiet_transformers():
@@ -296,8 +302,18 @@ def _load_transformer(folder: Path) -> tuple[Any, Any]:
         raise RecipeError(f"transformers cannot open {folder} ({type(error).__name__}: {reason}).") from error
     if not tokenizer.is_fast:
         raise RecipeError(f"{folder} has no fast tokenizer (tokenizer.json); save it once with one, in transformers.")
+    known, embedded = len(tokenizer), getattr(model.config, "vocab_size", 0)
+    if known < embedded // 10:  # a larger table than vocabulary is usual: sizes are rounded up, words kept for later
+        raise IntegrityError(
+            f"{folder}: the tokenizer knows {known:,} tokens, and the model has {embedded:,}. They do not belong together. "
+            f"{_save_tokenizer(folder)}"
+        )
     _complete(model, report["missing_keys"], folder)
     return tokenizer, model
+
+
+def _save_tokenizer(folder: Path) -> str:
+    return f"Save the model's own there: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({str(folder)!r})."
 
 
 def _complete(model: nn.Module, missing: Iterable[str], folder: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from distill import files
-from distill.errors import IntegrityError
+from distill.errors import IntegrityError, RecipeError
 from distill.folder import load_weights, read_json, refuse_other_files
 from distill.heads import CosineLinear
 
@@ -35,9 +35,14 @@ def save_head(head: CosineLinear, path: str | Path, *, names: Sequence[str]) -> 
 
 
 def load_head(path: str | Path) -> tuple[CosineLinear, list[str]]:
-    """The head, on the CPU and in eval mode, and the names of its classes. IntegrityError for a folder that is damaged."""
+    """The head, on the CPU and in eval mode, and the names of its classes. IntegrityError for a folder that is damaged, RecipeError for a model's."""
     path = Path(path)
-    settings, weights = read_json(path / "config.json", {}), load_weights(path)
+    settings = read_json(path / "config.json", {})
+    if (path / "modules.json").exists() or "model_type" in settings:
+        raise RecipeError(
+            f"{path} is a model's folder, not a head's: Encoder.from_pretrained opens it. Name the folder that save_head wrote."
+        )
+    weights = load_weights(path)
     names = settings.pop("names", [])
     try:
         with torch.device("meta"):

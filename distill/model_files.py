@@ -11,6 +11,8 @@ from distill.errors import ResourceError
 # What a model folder needs, and what is never fetched even where a name matches.
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.md"]
 UNWANTED = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py"]
+# What tokenizers read their vocabulary from; transformers makes an empty one, without a word, where there is none.
+VOCABULARIES = ["tokenizer.json", "tokenizer.*.json", "vocab.txt", "*.model", "*.tiktoken", "*.spm", "tekken.json"]
 PICKLED = re.compile(r"(pytorch_model|model)[^/]*\.(bin|pt|pth|ckpt|pkl)$")
 
 
@@ -47,6 +49,12 @@ def missing_files(folder: Path, listed: Sequence[str] | None) -> list[str]:
     """Which of the listed files a folder lacks; without a list, which of those that its own files call for."""
     here = _files(folder)
     return [file for file in listed or _called_for(folder, here) if file not in here]
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a transformer's folder holds a file that its tokenizer reads its vocabulary from."""
+    names = {item.name for item in folder.iterdir()}
+    return any(_matches(name, VOCABULARIES) for name in names) or {"vocab.json", "merges.txt"} <= names
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:

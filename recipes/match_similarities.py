@@ -80,7 +80,7 @@ def main(recipe: Recipe) -> None:
     data = recipe.evaluation.load(held_out, trained_on=texts)
     cli.say(f"{read.report}; {len(held_out):,} held out")
 
-    teacher = recipe.teacher.load(on_device=not recipe.plan)
+    teacher = recipe.teacher.load(on_device=not recipe.plan, in_roles=False)
     recipe.student.check(teacher)
     form = recipe.store_as
     if recipe.plan:

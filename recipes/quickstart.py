@@ -66,7 +66,7 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
-    teacher = TeacherConfig(name=recipe.teacher).load(on_device=not recipe.plan)
+    teacher = TeacherConfig(name=recipe.teacher).load(on_device=not recipe.plan, in_roles=False)
     pairs = recipe.texts // 2 + recipe.held_out
     learned, held_out = docstring_pairs(limit=pairs, seed=recipe.seed).split(recipe.held_out / pairs, seed=recipe.seed)
     texts = learned.texts()[: recipe.texts]

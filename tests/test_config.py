@@ -54,6 +54,24 @@ def test_a_teacher_cuts_at_the_lower_of_both_limits(tiny_bert: Path, asked: int 
     assert TeacherConfig(name=str(tiny_bert), max_length=asked).load().max_length == gives
 
 
+E5 = {"query": "query: ", "passage": "passage: ", "document": ""}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "default", "says"), [(E5, None, "query, passage"), (E5, "query", ""), ({"query": ""}, None, "")]
+)
+def test_prompts_that_are_left_out_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prompts: dict[str, str], default: str | None, says: str
+) -> None:
+    folder = tiny.bert(tmp_path / "e5", layers=1, prompts=prompts, default_prompt_name=default)
+    capsys.readouterr()
+    TeacherConfig(name=str(folder)).load()
+    assert capsys.readouterr().out == ""
+    TeacherConfig(name=str(folder)).load(in_roles=False)
+    out = capsys.readouterr().out
+    assert (f"has prompts for {says}, and none by default" in out) if says else out == ""
+
+
 def test_a_max_length_without_room_for_a_token_is_refused(tiny_bert: Path) -> None:
     with pytest.raises(RecipeError, match=r"--teacher.max-length is 3 or more .* got 2"):
         TeacherConfig(name=str(tiny_bert), max_length=2).load()

@@ -430,7 +430,7 @@ def test_vectors_of_this_teacher_are_taken_over(teacher: Encoder, counted: Count
     counted.texts = 0
     store = import_vectors([*texts, texts[3]], np.concatenate([vectors, vectors[3:4]]), teacher, tmp_path)
     assert len(store) == 50
-    assert counted.texts <= 16
+    assert counted.texts <= 32
     assert (store.flags == NOT_FINITE).sum() == 1
     np.testing.assert_allclose(store.vectors(texts[:7]), vectors[:7], rtol=1e-3, atol=1e-3)
     counted.texts = 0
@@ -456,6 +456,21 @@ def test_other_vectors_are_refused(teacher: Encoder, tmp_path: Path) -> None:
     assert not (tmp_path / "manifest.json").exists()
 
 
+def test_vectors_that_moved_by_a_row_are_refused_although_evenly_spaced_ones_are_right(
+    teacher: Encoder, tmp_path: Path
+) -> None:
+    texts = runs.texts(100)
+    vectors = teacher.encode(texts).numpy()
+    moved = np.roll(vectors, 1, axis=0)
+    for count in (16, 32):
+        spaced = np.linspace(0, 99, count).astype(int)
+        moved[spaced] = vectors[spaced]
+    with pytest.raises(IntegrityError, match=r"row \d+ .* has cosine"):
+        import_vectors(texts, moved, teacher, tmp_path)
+    with pytest.raises(RecipeError, match="1 text or more"):
+        import_vectors(texts, vectors, teacher, tmp_path, checked=0)
+
+
 def test_an_import_keeps_what_another_process_stored_meanwhile(
     teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,6 +494,8 @@ def test_the_command_that_imports(
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     np.save(tmp_path / "vectors.npy", teacher.encode(texts).numpy())
     (tmp_path / "broken.npy").write_bytes(b"no array")
+    (tmp_path / "v.csv").write_text("0.5,0.25\n")
+    np.savez(tmp_path / "v.npz", vectors=np.ones(3))
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     command = [
         str(tmp_path / "store"),
@@ -488,11 +505,26 @@ def test_the_command_that_imports(
         str(tmp_path / "texts.jsonl"),
         "--vectors",
     ]
-    assert main([*command, str(tmp_path / "vectors.npy")]) == 0
-    assert "20 vectors of width 32" in capsys.readouterr().out
-    for name in ("broken.npy", "objects.npy", "nothing.npy"):
+    assert main([*command, str(tmp_path / "vectors.npy"), "--checked", "4"]) == 0
+    assert "20 vectors of width 32\n" in capsys.readouterr().out
+    for name in ("broken.npy", "objects.npy", "nothing.npy", "v.csv", "v.npz"):
         assert main([*command, str(tmp_path / name)]) == 3
-        assert name in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert name in told
+        assert ("is no .npy file, which is expected" in told) == (name[0] in "bv")
+
+
+def test_the_command_that_imports_counts_what_is_set_aside(
+    tiny_bert: Path, teacher: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    texts, path = runs.texts(20), str(tmp_path / "vectors.npy")
+    vectors = teacher.encode(texts).numpy()
+    vectors[[3, 4]], vectors[5] = np.nan, 0
+    np.save(path, vectors)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = [str(tmp_path / "store"), "--teacher", str(tiny_bert), "--texts", str(tmp_path / "texts.jsonl")]
+    assert main([*command, "--vectors", path]) == 0
+    assert "20 vectors of width 32; set aside: 2 not finite, 1 zero vector" in capsys.readouterr().out
 
 
 # Real processes

@@ -11,10 +11,13 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from distill import packages
+from distill.embed import embed, embed_vocabulary, import_vectors
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, RecipeError, ResourceError
+from distill.evaluation import EvaluationData, evaluate
 from distill.folder import UNLIMITED
 from distill.modules import Dense, Normalize, Pooling, StaticTable, Tokens, TransformerBackbone
 
@@ -438,6 +441,49 @@ def test_a_table_smaller_than_its_vocabulary_is_refused(copy_of: Callable[..., P
         Encoder.from_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(IntegrityError, match=r"tokenizer\.json cannot be read"):
+        Encoder.from_pretrained(folder)
+
+
+def test_what_is_no_encoder_is_refused_with_the_way_to_one(bert: Encoder, tiny_bert: Path, unchecked: None) -> None:
+    data = EvaluationData(texts=TEXTS)
+    for call in (
+        lambda model: embed(TEXTS, model),
+        lambda model: embed_vocabulary(model),
+        lambda model: import_vectors(TEXTS, torch.ones(len(TEXTS), 8).numpy(), model, "store"),
+        lambda model: evaluate({"student": model}, bert, data),
+        lambda model: evaluate({"student": bert}, model, data),
+    ):
+        with pytest.raises(
+            TypeError, match=r"sentence_transformers.*SentenceTransformer\. Save it.*save_pretrained\(path\)"
+        ):
+            call(theirs(tiny_bert))
+        with pytest.raises(TypeError, match=r"builtins\.function\. Open a model .* an API .* write_store"):
+            call(lambda texts: texts)
+        with pytest.raises(TypeError, match=r"'models/mine'\. Open it: Encoder\.from_pretrained\('models/mine'\)"):
+            call("models/mine")
+    with pytest.raises(TypeError, match=r"takes a folder or a name, got .*save_pretrained\(path\)"):
+        Encoder.from_pretrained(theirs(tiny_bert))
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen"])
+def test_a_folder_without_its_tokenizer_is_refused(
+    copy_of: Callable[..., Path], tiny_model: Callable[..., Path], kind: str
+) -> None:
+    """transformers makes a tokenizer that knows no word of it, and says nothing."""
+    folder = copy_of(tiny_model(kind))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    assert len(AutoTokenizer.from_pretrained(folder)) <= 5
+    with pytest.raises(IntegrityError, match=r"no tokenizer \(tokenizer\.json.*save_pretrained\("):
+        Encoder.from_pretrained(folder)
+
+
+def test_a_tokenizer_of_a_few_tokens_is_refused(copy_of: Callable[..., Path], tiny_bert: Path) -> None:
+    folder = copy_of(tiny_bert)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    with pytest.raises(IntegrityError, match="knows 5 tokens, and the model has 151"):
         Encoder.from_pretrained(folder)
 
 

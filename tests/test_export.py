@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -91,6 +92,14 @@ def test_the_card_is_valid_and_says_where_the_student_comes_from(
     ):
         assert part in card.text
     assert "SentenceTransformer(" in card.text
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_the_card_says_what_skips_the_dense_layer_of_a_static_student(
+    kind: str, teacher: Encoder, provenance: Provenance, tmp_path: Path
+) -> None:
+    path = export.export(BUILD[kind](teacher), tmp_path / "student", provenance=provenance)
+    assert ("model2vec's `StaticModel`" in (path / "README.md").read_text()) == (kind == "static")
 
 
 def test_a_card_without_scores_and_with_a_local_teacher_is_valid(
@@ -209,6 +218,22 @@ def test_this_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> Non
     assert export.this_command() == "python recipes/x.py --data 'two words.txt'"
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     assert export.this_command().startswith("torchrun --nproc-per-node 4 recipes/x.py")
+
+
+@pytest.mark.parametrize("prompts", [{"query": "query: ", "document": "passage: "}, {"query": "query: "}])
+def test_usage_gives_each_role_its_prompt(
+    teacher: Encoder, provenance: Provenance, tmp_path: Path, prompts: dict[str, str]
+) -> None:
+    student = BUILD["static"](teacher)
+    student.prompts = prompts
+    path = export.export(student, tmp_path / "student", provenance=provenance)
+    code, names = export.usage(path), dict[str, Any]()
+    assert code in (path / "README.md").read_text()
+    exec(compile(code, "usage", "exec"), names)
+    query, document = student.encode(["a query for the index you already have"], role="query"), ["a document to add"]
+    assert (torch.as_tensor(names["vectors"]) - query).abs().max() <= 1e-5
+    assert (query - student.encode(["a query for the index you already have"])).abs().max() > 1e-3
+    assert (torch.as_tensor(names["added"]) - student.encode(document, role="document")).abs().max() <= 1e-5
 
 
 def test_usage_is_three_lines_that_run(teacher: Encoder, provenance: Provenance, tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ def test_a_head_and_a_model_do_not_take_each_others_place(tiny_bert: Path, tmp_p
     with pytest.raises(RecipeError, match="is not a model's folder"):
         model.save_pretrained(tmp_path / "head")
     assert load_head(tmp_path / "head")[1] == NAMES
+    for path in (tmp_path / "model", bare):
+        with pytest.raises(RecipeError, match="is a model's folder, not a head's"):
+            load_head(path)
     (tmp_path / "head" / "notes.txt").write_text("mine")
     with pytest.raises(RecipeError, match="is not a head's folder"):
         save_head(head, tmp_path / "head", names=NAMES)

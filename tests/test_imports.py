@@ -62,6 +62,7 @@ ORDER = [
     "modules",
     "folder",
     "head_folder",
+    "beginnings",
     "encoder",
     "students.summary",
     "students.blocks",

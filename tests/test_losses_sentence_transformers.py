@@ -1,5 +1,6 @@
 """distill's losses in sentence-transformers' own trainer: on real, tiny models, in one process and in two."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,12 @@ BANK = 5
 
 def draw(rows: int, width: int = tiny.WIDTH, seed: int = 3) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def spoilt(vectors: Tensor, value: float) -> Tensor:
+    """With this value in one place."""
+    vectors[3, 5] = value
+    return vectors
 
 
 def student_of(folder: Path | str) -> SentenceTransformer:
@@ -246,6 +253,8 @@ def test_a_static_model_has_keys_and_texts_without_tokens(tiny_bert: Path) -> No
         (draw(8, width=24), ValueError, r"bank \(5, 32\) and labels \(8, 24\) of another width"),
         (draw(8)[:, None].repeat(1, 3, 1), ValueError, r"1 text columns and labels for 3 of them"),
         ([], ValueError, r"1 text columns and labels for 0 of them"),
+        (spoilt(draw(8), math.nan), ValueError, r"1 of 8 rows are not finite.*dataset\.filter\("),
+        (spoilt(draw(8), -math.inf)[:, None], ValueError, r"1 of 8 rows are not finite"),
     ],
 )
 def test_wrong_labels(tiny_bert: Path, unchecked: None, labels: Any, error: type[Exception], message: str) -> None:

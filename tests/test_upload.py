@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -229,3 +230,13 @@ def test_flags_that_do_not_belong_together(
 def test_a_folder_that_is_no_student(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(tmp_path / "nowhere"), "--push-to-hub", "org/mine"]) == 2
     assert "no modules.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("width", "words"), [("0", "is 1..32"), ("1000", "is 1..32"), ("8", "add --onnx")])
+def test_a_width_that_cannot_be_is_refused_before_the_files_of_another(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture, width: str, words: str
+) -> None:
+    student = Path(shutil.copytree(tiny_bert, tmp_path / "student"))
+    (student / "onnx").mkdir()
+    assert main([str(student), "--truncate-dim", width]) == 2
+    assert words in capsys.readouterr().err

@@ -26,15 +26,31 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         at_least(1, "--teacher.max-length", self.max_length)
 
-    def load(self, *, on_device: bool = True) -> Encoder:
-        """The teacher on this process's device, or on the CPU; the main process fetches it first."""
+    def load(self, *, on_device: bool = True, in_roles: bool = True) -> Encoder:
+        """The teacher on this process's device, or on the CPU; the main process fetches it first.
+
+        If texts will not be read in their roles, a line says which of its prompts that leaves out.
+        """
         distributed.main_first(partial(fetch, self.name, self.revision))
         teacher = Encoder.from_pretrained(self.name, revision=self.revision, compute_dtype=self.compute_dtype)
         teacher.max_length = min(teacher.max_length, self.max_length or teacher.max_length)
         if teacher.max_length <= teacher.special_token_count:
             least = teacher.special_token_count + 1
             raise RecipeError(f"--teacher.max-length is {least} or more for {self.name}, got {self.max_length}.")
+        if not in_roles and distributed.is_main() and (line := left_out(teacher)):
+            print(line, flush=True)
         return teacher.to(distributed.device()) if on_device else teacher
+
+
+def left_out(teacher: Encoder) -> str | None:
+    """A line on the prompts that a teacher has for roles, if it puts none before a text without a role."""
+    names = [name for name, prompt in teacher.prompts.items() if prompt]
+    if not names or teacher.prompt(None):
+        return None
+    return (
+        f"{teacher.name} has prompts for {', '.join(names)}, and none by default: no prompt is used here. keep_index.py reads queries "
+        "and documents each with its own (--sides.query-prompt, --sides.document-prompt)."
+    )
 
 
 def fetch(name: str, revision: str | None) -> None:

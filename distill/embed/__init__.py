@@ -15,7 +15,7 @@ from distill import distributed, similarity
 from distill.embed.job import Job, tidy
 from distill.embed.places import default_store, lacks_codec, make_compressed, place, prepare
 from distill.embed.taking import import_vectors
-from distill.encoder import Encoder, Tokenized, distinct
+from distill.encoder import Encoder, Tokenized, distinct, require_encoder
 from distill.errors import NumericsError
 from distill.identity import computing, computing_tokens
 from distill.metrics import effective_rank
@@ -48,6 +48,7 @@ def embed(
     `path=None` is `default_store(teacher)`. NumericsError if the teacher gives (nearly) the same vector for all texts, or
     vectors on one line, which is looked at on the first 1,000.
     """
+    require_encoder(teacher, "embed")
     texts, prompt = distinct(texts), teacher.prompt(role)
     keys, compute = text_keys(texts, prompt=prompt), computing(teacher, texts, role)
     path = place(path, teacher, keys, compute, store_as)
@@ -68,6 +69,7 @@ def embed_vocabulary(
     teacher: Encoder, path: str | Path | None = None, *, flush_seconds: float = 30.0
 ) -> Float[Tensor, "v e"]:
     """The teacher's vector of each token of its vocabulary, alone between the special tokens; stored like texts, by id."""
+    require_encoder(teacher, "embed_vocabulary")
     teacher.require_transformer()
     names = [str(token) for token in range(len(teacher.tokenizer))]
     keys, compute = text_keys(names, kind="token"), computing_tokens(teacher)

@@ -11,12 +11,14 @@ import torch
 from distill.data import load_texts
 from distill.embed.job import flags_of
 from distill.embed.places import prepare
-from distill.encoder import Encoder
-from distill.errors import DataError, IntegrityError, reported
+from distill.encoder import Encoder, require_encoder
+from distill.errors import DataError, IntegrityError, RecipeError, reported
 from distill.identity import computing
 from distill.similarity import pairwise_cosine, usable_rows
-from distill.store import Rows, Store, text_keys
+from distill.store import FLAG_NAMES, Rows, Store, text_keys
 from distill.store.shards import SHARD_ROWS, Shard
+
+MAGIC = b"\x93NUMPY"  # what a .npy file begins with
 
 
 def import_vectors(
@@ -26,14 +28,17 @@ def import_vectors(
     path: str | Path,
     *,
     role: str | None = None,
-    checked: int = 16,
+    checked: int = 32,
     least_cosine: float = 0.999,
 ) -> Store:
     """Take vectors (n, e) that you already have, of an index say, into a store.
 
-    `checked` texts are embedded by the teacher and compared: IntegrityError names the first whose cosine is below
+    `checked` texts, half of them evenly spaced, half drawn, are embedded by the teacher and compared: IntegrityError names the first whose cosine is below
     `least_cosine`, since vectors of another model, prompt or max_length would teach the wrong space.
     """
+    require_encoder(teacher, "import_vectors")
+    if checked < 1:
+        raise RecipeError(f"1 text or more is checked against the teacher, got {checked}.")
     if not texts or vectors.shape != (len(texts), teacher.width):
         raise DataError(
             f"{len(texts):,} texts and vectors of shape {vectors.shape}; expected ({max(len(texts), 1)}, {teacher.width})."
@@ -60,7 +65,8 @@ def _refuse_foreign(
     texts: Sequence[str], vectors: np.ndarray, teacher: Encoder, role: str | None, checked: int, least_cosine: float
 ) -> None:
     """Compare some of the vectors with what the teacher gives; rows that will be set aside anyway say nothing."""
-    sample = np.linspace(0, len(texts) - 1, min(checked, len(texts))).astype(int)
+    spaced = np.linspace(0, len(texts) - 1, min(-(-checked // 2), len(texts))).astype(int)
+    sample = np.union1d(spaced, np.random.default_rng(0).integers(len(texts), size=checked // 2))
     theirs = torch.from_numpy(vectors[sample].astype(np.float32))
     usable = usable_rows(theirs)
     if not usable.any():
@@ -96,23 +102,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=None,
         help="whose prompt of the model the vectors were made with",
     )
+    parser.add_argument(
+        "--checked", type=int, default=32, help="texts that the model embeds, to compare with their vectors (32)"
+    )
     return reported(partial(_take, parser.parse_args(arguments)))
 
 
 def _take(options: argparse.Namespace) -> int:
     teacher = Encoder.from_pretrained(options.teacher, max_length=options.max_length)
     texts = load_texts(options.texts, column=options.column, unique=False).texts
-    store = import_vectors(texts, read_array(options.vectors), teacher, options.path, role=options.role)
-    print(f"{options.path}: {len(store):,} vectors of width {store.width}")
+    vectors = read_array(options.vectors)
+    store = import_vectors(texts, vectors, teacher, options.path, role=options.role, checked=options.checked)
+    print(f"{options.path}: {len(store):,} vectors of width {store.width}{_set_aside(store)}")
     return 0
+
+
+def _set_aside(store: Store) -> str:
+    """How many rows no student is trained on, by reason."""
+    counts = {name: int((store.flags == flag).sum()) for flag, name in FLAG_NAMES.items()}
+    found = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    return f"; set aside: {found}" if found else ""
 
 
 def read_array(path: Path) -> np.ndarray:
     """The floating point numbers of a .npy file, mapped, not read. DataError for any other file."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as file:
+            whole = file.read(len(MAGIC)) == MAGIC
+        array = np.load(path, mmap_mode="r", allow_pickle=False) if whole else None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not an array that can be read: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+    if array is None:
+        raise DataError(f"{path} is no .npy file, which is expected: numpy.save(path, vectors) writes one.")
+    if array.dtype.kind != "f":
         raise DataError(f"{path} holds no floating point array; save it with numpy.save(path, vectors).")
     return array

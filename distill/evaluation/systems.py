@@ -12,7 +12,7 @@ from torch import Tensor
 from distill import distributed
 from distill.data import Labelled, Pairs, Retrieval
 from distill.embed import embed
-from distill.encoder import Encoder, distinct
+from distill.encoder import Encoder, distinct, require_encoder
 from distill.errors import DataError, RecipeError
 from distill.evaluation.closeup import Closeup, closeup
 from distill.evaluation.fidelity import Reference, is_headline
@@ -112,6 +112,8 @@ def evaluate(
     """
     if isinstance(students, Encoder):
         raise TypeError('evaluate takes students by name, {"student": student}, got an Encoder.')
+    for name, model in [("the teacher", teacher), *((f"student {name!r}", one) for name, one in students.items())]:
+        require_encoder(model, f"evaluate: {name}")
     if "teacher" in students or any(" -> " in name for name in students):
         raise RecipeError(f'a student is not named "teacher" nor with an arrow, got {", ".join(students)}.')
     joined = None if several is None or several.keeps_index else several

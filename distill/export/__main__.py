@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _hand_on(options: argparse.Namespace) -> int:
     _check(options)
     if options.truncate_dim is not None:
-        _truncate(options.folder, options.truncate_dim)
+        _truncate(options.folder, options.truncate_dim, with_onnx=options.onnx)
     if options.onnx:
         _write_onnx(options.folder, options.texts, int8=options.int8)
     if options.push_to_hub:
@@ -78,16 +78,14 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.onnx:
         onnx.require_extra()
-    if options.truncate_dim is not None and not options.onnx and (options.folder / onnx.FOLDER).exists():
-        raise RecipeError(
-            f"the files in {options.folder / onnx.FOLDER} give vectors of the width there is now; add --onnx."
-        )
 
 
-def _truncate(folder: Path, width: int) -> None:
+def _truncate(folder: Path, width: int, *, with_onnx: bool) -> None:
     full = Encoder.from_pretrained(folder).full_width
     if not 1 <= width <= full:
         raise RecipeError(f"--truncate-dim is 1..{full} for {folder}, got {width}.")
+    if not with_onnx and (folder / onnx.FOLDER).exists():
+        raise RecipeError(f"the files in {folder / onnx.FOLDER} give vectors of the width there is now; add --onnx.")
     path = folder / SETTINGS
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     files.write_json(path, settings | {"truncate_dim": width if width < full else None})

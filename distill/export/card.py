@@ -1,7 +1,7 @@
 """The model card: what a student is, how to use it, and what it reached, as people and the Hub read it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from distill.evaluation import INDEX, STUDENT, Scores
 from distill.evaluation.fidelity import is_headline
 from distill.evaluation.scores import Score
 from distill.export.provenance import Provenance
+from distill.folder import SETTINGS, read_json
+from distill.modules import Dense, StaticTable
 from distill.narrow import NAME
 from distill.quantized import INT8_MODULE
 from distill.space import Space
@@ -60,7 +62,8 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n\n# {student.name}",
         f"A student of **{teacher}**{commit}, {_about_space(student, provenance.space)} "
         f"{student.parameter_count / 1e6:.1f}M parameters against the teacher's {record['teacher_parameters'] / 1e6:.1f}M.",
-        f"## Use\n\n```python\n{usage(path, int8=bool(cost and cost.form == 'int8'))}\n```",
+        f"## Use\n\n```python\n{usage(path, int8=bool(cost and cost.form == 'int8'), prompts=student.prompts)}\n```",
+        _about_loaders(student),
         _about_table(cost),
         f"## Scores\n\nEach with half the width of its bootstrap 95 % interval; `distill.json` has the bounds.\n\n```\n{scores}\n```"
         if scores
@@ -71,16 +74,22 @@ def model_card(
     return ModelCard("\n\n".join(section for section in sections if section) + "\n")
 
 
-def usage(path: str | Path, *, int8: bool | None = None) -> str:
-    """The three lines that use an exported student; whether its table is `int8` is read from its folder if it is not said."""
+def usage(path: str | Path, *, int8: bool | None = None, prompts: Mapping[str, str] | None = None) -> str:
+    """The lines that use an exported student, by role where one has a prompt, which `encode` would leave out.
+
+    Whether its table is `int8`, and its prompts, are read from its folder if they are not said.
+    """
     modules = Path(path) / "modules.json"
     int8 = modules.exists() and INT8_MODULE in modules.read_text(encoding="utf-8") if int8 is None else int8
+    prompts = read_json(Path(path) / SETTINGS, {}).get("prompts") or {} if prompts is None else prompts
     trust = ", trust_remote_code=True" if int8 else ""
-    return (
-        "from sentence_transformers import SentenceTransformer\n"
-        f'student = SentenceTransformer("{path}"{trust})\n'
-        'vectors = student.encode(["a query for the index you already have"])'
-    )
+    opened = f'from sentence_transformers import SentenceTransformer\nstudent = SentenceTransformer("{path}"{trust})\n'
+    query = '["a query for the index you already have"]'
+    if prompts.get("query") or prompts.get("document"):
+        return (
+            opened + f'vectors = student.encode_query({query})\nadded = student.encode_document(["a document to add"])'
+        )
+    return opened + f"vectors = student.encode({query})"
 
 
 def with_section(card: str, title: str, body: str) -> str:
@@ -146,6 +155,15 @@ def _about_space(student: Encoder, space: Space | None) -> str:
     return (
         f"in a narrower space: {space.kept}. An index of the teacher's vectors stays once it is turned "
         f"by `{NAME}`, which is in this folder: `python -m distill.narrow THIS_FOLDER --vectors index.npy --output narrow.npy`."
+    )
+
+
+def _about_loaders(student: Encoder) -> str:
+    if not isinstance(student.backbone, StaticTable) or not any(isinstance(layer, Dense) for layer in student.head):
+        return ""
+    return (
+        "Open it with `SentenceTransformer`, as above, or distill's `Encoder.from_pretrained`. model2vec's `StaticModel` reads the "
+        "token table and leaves out the Dense layer behind it, without a word: its vectors are in another space."
     )
 
 

@@ -194,3 +194,10 @@ def _check_labels(labels: Tensor, bank: Tensor | None) -> None:
             f"DistillLoss has a bank {tuple(bank.shape)} and labels {tuple(labels.shape)} of another width. Both are vectors of "
             "one teacher. If MatryoshkaLoss cut the labels: DistillLoss(model, Matryoshka(CrossKL(), (64, 128)), bank=bank)."
         )
+    # Labels come anew in each step, so no check before the run sees them. This one waits for the device; so does the trainer,
+    # which asks each step's loss for NaN (logging_nan_inf_filter) and, by default, hides what it found.
+    if not (finite := labels.isfinite().all(dim=-1)).all():
+        raise ValueError(
+            f"DistillLoss got labels of which {int((~finite).sum())} of {len(labels)} rows are not finite: one step on them makes "
+            'the whole student NaN. Leave their texts out: dataset.filter(lambda row: numpy.isfinite(row["label"]).all()).'
+        )
