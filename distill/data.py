@@ -99,12 +99,12 @@ def load_texts(
     """Unique texts from a file, a glob, a data set, a list of texts, or a list of these.
 
     Formats: JSONL, CSV, TSV (unquoted), TXT, each also with .gz, and Parquet; a `datasets.Dataset`, or the folder that its
-    `save_to_disk` wrote. A Hub data set is
-    "org/name@REVISION:config:split"; `revision` is of those that name none. `column` names one column or several
-    ("sentence1,sentence2"; by position in CSV: "0,1"); by default it is `text`, else `sentence1` and `sentence2`, else the
-    only text column, else both sentences of a CSV of pairs without a header. A tuple is one of sources. A list is read as texts unless all its items look like
-    sources: paths, names of files, lists, "org/name:config:split". `limit` counts kept texts. `unique=False` keeps every
-    text, duplicates too, so that rows stay aligned with the file; an empty one is then a DataError.
+    `save_to_disk` wrote. A Hub data set is "org/name@REVISION:config:split"; `revision` is of those that name none.
+    `column` names one column or several ("sentence1,sentence2"; by position in CSV: "0,1"); by default it is `text`, else
+    `sentence1` and `sentence2`, else the only text column, else both sentences of a CSV of pairs without a header. A tuple
+    is one of sources. A list is read as texts unless all its items look like sources: paths, names of files, lists,
+    "org/name:config:split". `limit` counts kept texts. `unique=False` keeps every text, duplicates too, so that rows stay
+    aligned with the file; an empty one is then a DataError.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is the number of texts to keep, at least 1; got {limit}. None keeps all.")

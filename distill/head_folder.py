@@ -35,7 +35,10 @@ def save_head(head: CosineLinear, path: str | Path, *, names: Sequence[str]) -> 
 
 
 def load_head(path: str | Path) -> tuple[CosineLinear, list[str]]:
-    """The head, on the CPU and in eval mode, and the names of its classes. IntegrityError for a folder that is damaged, RecipeError for a model's."""
+    """The head, on the CPU and in eval mode, and the names of its classes.
+
+    IntegrityError for a folder that is damaged, RecipeError for a model's.
+    """
     path = Path(path)
     settings = read_json(path / "config.json", {})
     if (path / "modules.json").exists() or "model_type" in settings:

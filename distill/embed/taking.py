@@ -33,8 +33,9 @@ def import_vectors(
 ) -> Store:
     """Take vectors (n, e) that you already have, of an index say, into a store.
 
-    `checked` texts, half of them evenly spaced, half drawn, are embedded by the teacher and compared: IntegrityError names the first whose cosine is below
-    `least_cosine`, since vectors of another model, prompt or max_length would teach the wrong space.
+    `checked` texts, half of them evenly spaced, half drawn, are embedded by the teacher and compared: IntegrityError names
+    the first whose cosine is below `least_cosine`, since vectors of another model, prompt or max_length would teach the
+    wrong space.
     """
     require_encoder(teacher, "import_vectors")
     if checked < 1:
