@@ -32,7 +32,8 @@ def gram_kl(
 
     Equals the mean over i of KL(softmax(t_i / teacher_temperature) || softmax(s_i / temperature)), where t_i and s_i are
     the cosines of row i to every *other* row: kept, the diagonal would hold .9999 of a row at temperature .02. A batch
-    of one counts 0. Not multiplied by temperature^2. Widths may differ.
+    of one counts 0. Not multiplied by temperature^2. Widths may differ; where they do, or the student is the teacher turned,
+    the gradient is off by 5e-6 at a KL of 3e-2 and 5e-5 at 3e-4, since float32 rounds the cosines themselves.
     Two products of (b, b, d) and one of (b, b, e) with the gradient, at most twice that; O(b (d + e)) memory and two
     chunks of rows of the matrix: 256 MB together, 512 MB at 262,144 rows and above. Park et al. 2019; Fang et al. 2021 (SEED).
     """
