@@ -1,7 +1,9 @@
 """python -m distill: the commands there are."""
 
+import sys
+
 COMMANDS = {
-    "embed": "take vectors that you already have into a store",
+    "embed": "import vectors that you already have into a store",
     "store": "look into a store, verify, repair, compress or export it",
     "narrow": "turn an index into a student's narrower space",
     "teachers": "join the stores of several teachers into one",
@@ -13,7 +15,11 @@ COMMANDS = {
 
 
 def main() -> None:
-    print("Commands, each with --help; students are trained by the recipes, accelerate launch recipes/NAME.py --help\n")
+    """List the commands; exit code 2 if one of them was meant."""
+    if meant := [name for name in sys.argv[1:2] if name in COMMANDS]:
+        print(f"error: the command is python -m distill.{meant[0]}, with a point.", file=sys.stderr)
+        sys.exit(2)
+    print("Commands, each with --help. Students are trained by the recipes: accelerate launch recipes/NAME.py --help\n")
     for name, purpose in COMMANDS.items():
         print(f"  python -m distill.{name:<15} {purpose}")
 

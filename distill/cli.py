@@ -64,7 +64,10 @@ def _run(main: Callable[[Recipe], None], recipe_type: type[Recipe], arguments: l
             distributed.finish()
         return 0
     except Stopped as error:
-        return _report(error, f"{str(error).partition('. ')[0]}.{_way_on(recipe)}", error.exit_code, debug)
+        kept = str(error).partition(". ")[0]
+        if recipe is not None and not _resume_flag(recipe):
+            kept = f"{kept.partition(';')[0]}; this recipe cannot resume"
+        return _report(error, f"{kept}.{_way_on(recipe)}", error.exit_code, debug)
     except DistillError as error:
         return _report(error, str(error), error.exit_code, debug)
     except OSError as error:

@@ -133,7 +133,7 @@ def gather_rows(rows: Shaped[Tensor, "b *d"], sizes: Sequence[int] | None = None
     return engine.gather_rows(rows, _sizes(rows) if sizes is None else sizes)
 
 
-@torch.compiler.disable(reason="what a loss exchanges depends on the share that is in force when it runs")
+@torch._disable_dynamo  # as torch.compiler.disable, which would import dynamo with this module: 1.5 s
 def global_loss(
     loss: Callable[..., Float[Tensor, ""]],
     student: Float[Tensor, "b d"],
@@ -151,11 +151,12 @@ def global_loss(
     loss of all rows on every process.
     """
     columns: dict[str, Tensor | None] = {}
-    lost = "a bank" if bank is not None else "keys" if keys is not None and _takes_keys(loss) else None
+    untold = keys is not None and not hasattr(loss, "uses_bank") and _takes_keys(loss)
+    lost = "a bank" if bank is not None else "keys" if untold else None
     if lost and not getattr(loss, "uses_bank", False):
         raise ValueError(
             f"global_loss got {lost} for {getattr(loss, '__name__', type(loss).__name__)}, which has no `uses_bank`. Give "
-            "the Module of a loss that takes one: CrossKL(), not cross_kl."
+            "the Module of a loss that takes one: CrossKL(), not cross_kl; a Module of your own says uses_bank = True."
         )
     if getattr(loss, "uses_bank", False):
         columns = {"bank": bank, "keys": keys, "bank_keys": bank_keys}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ class Encoder(nn.Module):
         A folder without modules.json is a bare transformer: mean pooling, no normalisation, as sentence-transformers
         reads it. `max_length` (tokens) overrides the folder's own. A module it does not know raises RecipeError.
         """
-        if not isinstance(name, str | Path):
+        if not isinstance(name, str | os.PathLike):
             raise TypeError(f"Encoder.from_pretrained takes a folder or a name, got {_kind_and_way(name)}")
         source = hub.resolve_model(str(name), revision=revision, token=token, cache_dir=cache_dir)
         parts = vars(folder.read(source.path))

@@ -120,15 +120,15 @@ def _grow(weight: nn.Parameter, new: Float[Tensor, "n d"]) -> None:
     that it found, and would exchange nothing from then on: where it might, that is refused.
     """
     before = weight.data
-    weight.grad, weight.data = None, torch.cat([before, new])
+    weight.data = torch.cat([before, new])
     if _node_has_old_shape(weight) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         weight.data = before
         raise ValueError(
             "add_classes found the weight in the graph of an earlier step, or in DDP, which would exchange its gradients "
             "no more. Drop both before (del loss, ddp), and wrap the head in DDP after it."
         )
-    after = weight.data
-    weight.data = after.to(torch.float32 if after.dtype == torch.float64 else torch.float64)
+    after, weight.grad = weight.data, None
+    weight.data = after.to(torch.float32 if after.dtype == torch.float16 else torch.float16)
     weight.data = after
 
 

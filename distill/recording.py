@@ -80,14 +80,15 @@ def _refuse_foreign(output: Path) -> None:
     if (output / RECIPE).exists():
         try:
             _begun_with(output / RECIPE)
-            return
-        except IntegrityError:
-            name = RECIPE
+        except IntegrityError as error:
+            raise RecipeError(
+                f"{output / RECIPE} would be overwritten, and is not that of a run of distill. Delete it, or name another --output."
+            ) from error
     elif (output / REPORT).exists():
-        name = REPORT
-    else:
-        return
-    raise RecipeError(f"{output / name} is not of a run of distill, and would be overwritten; name another --output.")
+        raise RecipeError(
+            f"{output / REPORT} would be overwritten, and no {RECIPE} beside it says that it is one of distill's. Delete it, or "
+            "name another --output."
+        )
 
 
 def _begun_with(path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def summary(run: Run, scores: Scores) -> str:
         "",
         str(scores) if any(scores.table.values()) else NOTHING,
         "",
-        *_line("among the training texts", [f"{count:,} {name}" for name, count in scores.trained_on.items()]),
+        *_line("among the training texts", [f"{count:,} {name}" for name, count in scores.seen_in_training.items()]),
         *_line("keeps of the teacher's scores", _shares(scores, STUDENT)),
         *_line("with the teacher's index, only queries by the student", _shares(scores, STUDENT + INDEX)),
         *_line("with an index half of whose documents the student added", _shares(scores, STUDENT + MIXED)),

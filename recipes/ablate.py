@@ -33,7 +33,7 @@ SHARED = ("data", "column", "limit", "held_out", "seeds", "store", "output", "te
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     data: tuple[str, ...]
-    """Files (JSONL, CSV, TXT, Parquet, .gz), globs, Hub data sets as org/name@REVISION:config:split (else main)."""
+    """Files (JSONL, CSV, unquoted TSV, TXT, Parquet, .gz), globs, saved datasets, Hub data sets as org/name@REVISION:config:split."""
     variants: tuple[str, ...] = ()
     """Each the flags that it changes, without dashes, commas between them: "train.bank-size 1024, loss.kl 1"."""
     column: str | None = None
@@ -75,10 +75,10 @@ def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
     read = load_texts(recipe.data, column=recipe.column, limit=recipe.limit)
     texts, held_out = hold_out(read.texts, recipe.held_out)
-    data = recipe.evaluation.load(held_out, trained_on=texts)
+    data = recipe.evaluation.load(held_out, training_texts=texts)
     cli.say(f"{read.report}; {len(held_out):,} held out")
 
-    teacher = recipe.teacher.load()
+    teacher = recipe.teacher.load(in_roles=False)
     for one in variants.values():
         one.student.check(teacher)
     store = embed(texts, teacher, recipe.store)

@@ -56,7 +56,7 @@ WARM_UP = 5  # updates of a round that are left out of the time
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     data: tuple[str, ...] = ()
-    """Files (JSONL, CSV, TXT, Parquet, .gz), globs, Hub data sets; none: docstrings of the installed packages."""
+    """Files (JSONL, CSV, unquoted TSV, TXT, Parquet, .gz), globs, Hub data sets; none: docstrings of the installed packages."""
     column: str | None = None
     """Column of the texts."""
     limit: int = 2048

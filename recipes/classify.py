@@ -93,6 +93,7 @@ def main(recipe: Recipe) -> None:
     test = encode_everywhere(encoder, data.test.texts, progress="test texts")
     right = (head.cpu()(test)["logits"].argmax(dim=1) == torch.tensor(data.test.labels)).double()
     accuracy, sigma = bootstrap_interval(right), head.sigma.detach().item()
+    learned = data.texts if recipe.train_encoder else [data.texts[i] for i in chosen]  # an encoder learns all vectors
     report = {
         "encoder": encoder.name,
         "command": this_command(),
@@ -100,14 +101,14 @@ def main(recipe: Recipe) -> None:
         "train_texts": len(chosen),
         "test_texts": len(right),
         "classes": len(data.names),
-        "test_texts_trained_on": len(set(data.texts).intersection(data.test.texts)),
+        "test_texts_seen_in_training": len(set(learned).intersection(data.test.texts)),
         "sigma": sigma,
     }
     distributed.main_first(partial(save_head, head, recipe.output / "head", names=data.names))
     distributed.main_first(partial(files.write_json, recipe.output / REPORT, report | more))
     cli.say(
         f"accuracy {accuracy} (95 % interval) on {len(right):,} texts of {len(data.names)} classes, trained on {len(chosen):,}; "
-        f"sigma {sigma:.1f}; {report['test_texts_trained_on']:,} test texts are among those of training; written to {recipe.output / REPORT}"
+        f"sigma {sigma:.1f}; {report['test_texts_seen_in_training']:,} test texts are among those of training; written to {recipe.output / REPORT}"
     )
 
 
@@ -141,7 +142,7 @@ def together(
     recipe: Recipe, data: Labelled, encoder: Encoder, chosen: list[int]
 ) -> tuple[CosineLinear, dict[str, Any]]:
     """Train both; leaves OUTPUT/student and metrics.jsonl. The report says how near to the teacher the encoder stays."""
-    teacher = recipe.teacher.load()
+    teacher = recipe.teacher.load(in_roles=False)
     store = embed([*data.texts, *data.test.texts], teacher, recipe.store)
     held_out = store.vectors(data.test.texts, prompt=teacher.prompt(None))
     cosines = {"before": float(pairwise_cosine(encode_everywhere(encoder, data.test.texts), held_out).mean())}

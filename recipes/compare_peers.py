@@ -5,7 +5,6 @@
 """
 
 import copy
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from statistics import fmean
 
 import torch
 
-from distill import cli, distributed, files, hub
+from distill import cli, distributed, files, hub, runlog
 from distill.benchmark import measuring
 from distill.benchmark.peers import PEERS, Trained, Work, steps_that_fit
 from distill.benchmark.seeds import Averaged, average
@@ -23,18 +22,18 @@ from distill.data import load_texts
 from distill.embed import embed
 from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.evaluation import EvaluationData, Scores, evaluate
+from distill.evaluation import INDEX, START, EvaluationData, Scores, evaluate
 from distill.export import Provenance, export, this_command
 from distill.store import Store
 from distill.training import TrainConfig, match, train
 
-OURS, START, INDEX = "distill", "untrained start", " -> teacher's index"
+OURS = "distill"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     data: tuple[str, ...]
-    """Files (JSONL, CSV, TXT, Parquet, .gz), globs, Hub data sets as org/name@REVISION:config:split (else main)."""
+    """Files (JSONL, CSV, unquoted TSV, TXT, Parquet, .gz), globs, saved datasets, Hub data sets as org/name@REVISION:config:split."""
     column: str | None = None
     """Column of the texts, or several: "sentence1,sentence2"; by place: "0,1"."""
     limit: int | None = None
@@ -80,7 +79,9 @@ class Recipe:
             raise RecipeError(
                 f"--minutes is above 0 and --seeds are different numbers, got {self.minutes} and {self.seeds}."
             )
-        instead = "--minutes ends each training, which saves at its end and begins anew; --seeds are its seeds."
+        instead = (
+            "--minutes ends each training; it saves once, at its end, and cannot be resumed. --seeds gives its seeds."
+        )
         unused("train", self.train, ("steps", "epochs", "save_every", "seed", "resume"), instead)
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
@@ -93,10 +94,10 @@ def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
     read = load_texts(recipe.data, column=recipe.column, limit=recipe.limit)
     texts, held_out = hold_out(read.texts, recipe.held_out)
-    data = recipe.evaluation.load(held_out, trained_on=texts)
+    data = recipe.evaluation.load(held_out, training_texts=texts)
     cli.say(f"{read.report}; {len(held_out):,} held out; {recipe.minutes:g} minutes each")
 
-    teacher = recipe.teacher.load()
+    teacher = recipe.teacher.load(in_roles=False)
     recipe.student.check(teacher)
     store = embed(texts, teacher, recipe.store)
     provenance = Provenance(teacher=teacher, data=str(read.report), loss=repr(recipe.loss))
@@ -169,8 +170,7 @@ def ours(recipe: Recipe, seed: int, start: Encoder, teacher: Encoder, store: Sto
 
     def probe(steps: int) -> list[float]:
         run(steps, output / "probe")
-        log = (output / "probe" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["seconds"] for line in log]
+        return [step["seconds"] for step in runlog.read(output / "probe" / runlog.NAME)]
 
     limit = 60 * recipe.minutes
     return run(steps_that_fit(limit, probe), output, limit)

@@ -30,6 +30,7 @@ from distill.evaluation import encode_everywhere
 from distill.export import this_command
 from distill.heads import CosineLinear
 from distill.metrics import average_incremental_accuracy, forgetting, seen_accuracy
+from distill.page import REPORT
 from distill.training import LabelConfig, LabelledTexts, LabelTraining, herd
 
 
@@ -164,7 +165,7 @@ def spread(values: Sequence[float]) -> str:
 
 def write(output: Path, report: Mapping[str, Any], found: Mapping[str, Sequence[Tensor]]) -> None:
     """report.json, and two pictures where matplotlib is installed."""
-    files.write_json(output / "report.json", dict(report))
+    files.write_json(output / REPORT, dict(report))
     seen = {way: torch.tensor(one["accuracy after each task"]) for way, one in report["ways"].items()}
     try:
         plots.accuracy_over_tasks(seen, classes_a_task=report["classes"]).savefig(output / "accuracy.svg")

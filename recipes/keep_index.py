@@ -93,7 +93,7 @@ def main(recipe: Recipe) -> None:
     texts = {"document": documents}
     if recipe.queries:
         texts["query"] = load_texts(recipe.queries, column=recipe.column, limit=recipe.limit).texts
-    data = recipe.evaluation.load(held_out, role="document", trained_on=chain(*texts.values()))
+    data = recipe.evaluation.load(held_out, role="document", training_texts=chain(*texts.values()))
     cli.say(f"{read.report}; {len(held_out):,} held out; {len(texts.get('query', [])):,} queries")
 
     teacher = recipe.teacher.load(on_device=not recipe.plan)

@@ -36,7 +36,7 @@ from distill.training import TrainConfig, match, train
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     data: tuple[str, ...]
-    """Files (JSONL, CSV, unquoted TSV, TXT, Parquet, .gz), globs, Hub data sets as org/name@REVISION:config:split (else main)."""
+    """Files (JSONL, CSV, unquoted TSV, TXT, Parquet, .gz), globs, saved datasets, Hub data sets as org/name@REVISION:config:split."""
     column: str | None = None
     """Column of the texts, or several: "sentence1,sentence2"; by place: "0,1"."""
     limit: int | None = None
@@ -74,7 +74,7 @@ def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
     read = load_texts(recipe.data, column=recipe.column, limit=recipe.limit)
     texts, held_out = hold_out(read.texts, recipe.held_out)
-    data = recipe.evaluation.load(held_out, trained_on=texts)
+    data = recipe.evaluation.load(held_out, training_texts=texts)
     cli.say(f"{read.report}; {len(held_out):,} held out")
 
     teacher = recipe.teacher.load(on_device=not recipe.plan, in_roles=False)

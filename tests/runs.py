@@ -54,6 +54,7 @@ LOSSES = {
     "cosine": losses.CosineDistance,
     "contrastive": losses.CrossContrastive,
     "gram": losses.GramKL,
+    "no bank": lambda: losses.WeightedSum({"cosine": losses.CosineDistance(), "gram": losses.GramMSE()}),
     "sum": lambda: losses.WeightedSum(
         {"kl": losses.CrossKL(), "gram": losses.GramMSE()}, {"kl": losses.linear_decay(1.0), "gram": 1.0}
     ),

@@ -250,11 +250,11 @@ def test_evaluation_data_is_read_by_name_and_a_mistake_in_a_file_shows(tmp_path:
     (tmp_path / "sts.v2.csv").write_text("a one,a two,3.5\nb one,b two,1\n")
     data = EvaluationConfig(sts=(str(tmp_path / "sts.v2.csv"),)).load(["held out"], role="document")
     assert (list(data.pairs), data.texts, data.role) == (["sts"], ["held out"], "document")
-    assert data.trained_on == {}
+    assert data.seen_in_training == {}
     data = EvaluationConfig(sts=(str(tmp_path / "sts.v2.csv"),)).load(
-        [], trained_on=["b one", "a two", "a one", "else"]
+        [], training_texts=["b one", "a two", "a one", "else"]
     )
-    assert data.trained_on == {"sentences of sts": 3}
+    assert data.seen_in_training == {"sentences of sts": 3}
     names = {
         "corpus": "docs.jsonl.gz",
         "queries": "q",

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,7 +326,12 @@ def test_another_delimiter_is_named(write, name: str, content: str, parted: str)
 
 
 @pytest.mark.parametrize(
-    "content", ['"id"\t"text"\n"1"\t"Fine."\n', 'id\ttext\n1\t"He said ""no""."\n', 'n\t"text"\n1\t"a"\n2\t"b"\n']
+    "content",
+    [
+        '"id"\t"text"\n"1"\t"Fine."\n',
+        'id\ttext\n1\t"He said ""no""."\n2\tYes.\n3\t"A ""b"" c"\n',
+        'n\t"text"\n1\t"a"\n2\t"b"\n',
+    ],
 )
 def test_a_quoted_tsv_is_refused(write, content: str) -> None:
     refused(write("a.tsv", content), "a.tsv, line 1", "read unquoted", ".csv or .jsonl")
@@ -376,8 +382,10 @@ def test_data_sets_that_are_no_table_are_refused() -> None:
     import datasets
 
     data = datasets.Dataset.from_dict({"text": ["x"]})
-    refused(datasets.DatasetDict(train=data), "not from DatasetDict")
-    refused(data.to_iterable_dataset(), "not from IterableDataset", "list(...)")
+    refused(datasets.DatasetDict(train=data), "not from DatasetDict", "Name one of its parts")
+    refused(data.to_iterable_dataset(), "not from IterableDataset", 'Take its column: [row["text"] for row in data]')
+    refused((text for text in "ab"), "not from generator", "list(...)")
+    refused(datasets.Dataset.from_dict({"n": [1, 2]}), "no column holds text; the columns are 'n'")
 
 
 def test_a_saved_data_set_is_read_and_the_folder_of_its_splits_names_them(tmp_path: Path) -> None:
@@ -387,7 +395,8 @@ def test_a_saved_data_set_is_read_and_the_folder_of_its_splits_names_them(tmp_pa
     datasets.DatasetDict(train=data).save_to_disk(tmp_path / "saved")
     assert load_texts(tmp_path / "saved" / "train").texts == load_texts((str(tmp_path / "saved/train"),)).texts
     assert load_texts(tmp_path / "saved" / "train").report.sources[0].source == str(tmp_path / "saved" / "train")
-    refused(tmp_path / "saved", "holds 1 splits", f"name one: {tmp_path}/saved/train")
+    refused(tmp_path / "saved", "holds the splits of a data set", f"name one: {tmp_path}/saved/train")
+    assert load_texts([str(tmp_path / "saved" / "train")]).texts == load_texts(tmp_path / "saved" / "train").texts
     (tmp_path / "saved" / "train" / "dataset_info.json").write_text("{")
     refused(tmp_path / "saved" / "train", "cannot be read as a data set")
 
@@ -397,9 +406,47 @@ def test_the_name_of_a_file_in_a_list_is_no_text(write, tmp_path: Path, monkeypa
     write("array.json", "[]")
     (tmp_path / "arrows").mkdir()
     refused(["array.json"], "'array.json' is the name of a file", ".jsonl")
-    refused(["a text", "array.json"], "'array.json'")
     refused(["arrows"], "'arrows' is the name of a folder", "arrows/*.parquet")
     assert load_texts(["arrows", "bows", ".", "/"]).texts == ["arrows", "bows", ".", "/"]
+    assert load_texts(["a text", "array.json"]).texts == ["a text", "array.json"]
+
+
+def test_long_texts_without_a_space_take_no_time() -> None:
+    texts = ["\u96ea" * 50_000 + f"\n{number}" for number in range(20)]
+    before = time.perf_counter()
+    assert load_texts(texts).texts == texts
+    assert time.perf_counter() - before < 1
+
+
+def test_what_is_no_name_of_a_file_is_said_to_be_none(tmp_path: Path) -> None:
+    refused("x" * 300, "is no name of a file. Texts themselves are given as a list")
+    refused(str(tmp_path / "a text"), "does not exist", "Texts themselves are given as a list")
+    with pytest.raises(DataError) as error:
+        load_texts(str(tmp_path / "texts.json"))
+    assert "list" not in str(error.value)
+
+
+def test_columns_by_position_leave_the_first_row_a_row(write) -> None:
+    pairs = write("pairs.csv", "a man,a dog,1\na cat,a hen,2\n")
+    assert load_texts(pairs, column="0,1").texts == ["a man", "a dog", "a cat", "a hen"]
+    labelled = load_labelled(write("labels.csv", "great,1\nbad,0\nfine,1\n"), text="0", label="1")
+    assert (labelled.texts, labelled.labels) == (["great", "bad", "fine"], [1, 0, 1])
+    scored = load_pairs(write("scored.csv", "2,a man,a dog\n4,a cat,a hen\n"), columns=("1", "2", "0"))
+    assert (scored.sentence1, scored.score) == (["a man", "a cat"], [2.0, 4.0])
+    assert load_texts(write("pandas.csv", "0,1\na man,1\na cat,2\n"), column="0").texts == ["a man", "a cat"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["Question; what is this?\nAnother text\n", "I came; I saw\nHe ran; she hid\n", "Title | My page\nOther | page\n"],
+)
+def test_prose_with_marks_in_one_column_is_read(write, content: str) -> None:
+    assert load_texts(write("prose.csv", content)).texts == content.splitlines()
+
+
+def test_one_doubled_quote_in_a_tsv_is_a_text(write) -> None:
+    path = write("a.tsv", 'text\n"An ""x"" air."\na plane\n')
+    assert load_texts(path).texts == ['"An ""x"" air."', "a plane"]
 
 
 def test_hub_data_sets_are_read_like_files(monkeypatch: pytest.MonkeyPatch) -> None:

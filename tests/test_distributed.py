@@ -318,7 +318,8 @@ def test_keys_for_a_function_that_takes_them_are_refused_rather_than_dropped() -
     for loss in (losses.cross_kl, partial(losses.cross_kl, temperature=0.1)):
         with pytest.raises(ValueError, match=r"got keys for .* which has no `uses_bank`"):
             distributed.global_loss(loss, rows, rows, keys=keys)
-    for loss in (losses.gram_mse, losses.GramMSE(), torch.nn.functional.mse_loss, torch.dist):
+    no_bank = losses.WeightedSum({"a": losses.CosineDistance()}), losses.Matryoshka(losses.CosineDistance(), (1, 2))
+    for loss in (*no_bank, losses.gram_mse, losses.GramMSE(), torch.nn.functional.mse_loss, torch.dist):
         distributed.global_loss(loss, rows, rows, keys=keys)  # same texts are nothing that these could leave out
 
 

@@ -208,7 +208,7 @@ def test_evaluate_scores_all_systems_and_the_teacher_runs_once(
     data = EvaluationData(
         texts=tiny.SENTENCES, pairs={"sts": pairs}, retrieval={"docs": texts_task}, labelled={"intents": halves}
     )
-    data = replace(data, trained_on={"sentences of sts": 2})
+    data = replace(data, seen_in_training={"sentences of sts": 2})
     first = evaluate({"student": student, "itself": teacher}, teacher, data, store=tmp_path / "store")
 
     def forbidden(*_: object) -> None:
@@ -227,7 +227,7 @@ def test_evaluate_scores_all_systems_and_the_teacher_runs_once(
     ]
     metrics = {"docs ndcg@10", "docs recall@10", "sts spearman", "intents accuracy"}
     assert set(first.table["teacher"]) == metrics
-    assert first.as_json()["trained_on"] == {"sentences of sts": 2}
+    assert first.as_json()["seen_in_training"] == {"sentences of sts": 2}
     assert set(task_scores(pairs=data.pairs, retrieval=data.retrieval, labelled=data.labelled)) == metrics
     assert task_scores(retrieval=[""]) == ["ndcg@10", "recall@10"]
     fidelities = {"cosine to teacher", "neighbour overlap@10", "similarity spearman"}

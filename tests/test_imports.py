@@ -272,9 +272,9 @@ import os, random, sys, warnings
 import numpy, torch
 state = lambda: (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), dict(os.environ))
 before = state()
-import distill, distill.heads, distill.losses, distill.metrics, distill.similarity
+import distill, distill.distributed, distill.heads, distill.losses, distill.metrics, distill.similarity
 assert state() == before
-heavy = {"transformers", "datasets", "matplotlib", "scipy", "beartype", "distill.streaming.kernels"} & set(sys.modules)
+heavy = {"transformers", "datasets", "matplotlib", "scipy", "beartype", "torch._dynamo", "distill.streaming.kernels"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)

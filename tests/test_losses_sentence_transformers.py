@@ -253,8 +253,8 @@ def test_a_static_model_has_keys_and_texts_without_tokens(tiny_bert: Path) -> No
         (draw(8, width=24), ValueError, r"bank \(5, 32\) and labels \(8, 24\) of another width"),
         (draw(8)[:, None].repeat(1, 3, 1), ValueError, r"1 text columns and labels for 3 of them"),
         ([], ValueError, r"1 text columns and labels for 0 of them"),
-        (spoilt(draw(8), math.nan), ValueError, r"1 of 8 rows are not finite.*dataset\.filter\("),
-        (spoilt(draw(8), -math.inf)[:, None], ValueError, r"1 of 8 rows are not finite"),
+        (spoilt(draw(8), math.nan), ValueError, r"1 rows are not finite.*dataset\.filter\("),
+        (spoilt(draw(8), -math.inf)[:, None], ValueError, r"1 rows are not finite"),
     ],
 )
 def test_wrong_labels(tiny_bert: Path, unchecked: None, labels: Any, error: type[Exception], message: str) -> None:

@@ -651,7 +651,7 @@ def test_keep_index_scores_the_four_ways_to_use_it(session: Session, variant: st
     assert "with an index half of whose documents the student added: documents ndcg@10" in ran.out
     values = {name: table[name]["documents ndcg@10"]["value"] for name in systems}
     assert len(set(values.values())) == 4  # four indexes, four numbers
-    [(seen, count)] = ran.json("report.json")["trained_on"].items()
+    [(seen, count)] = ran.json("report.json")["seen_in_training"].items()
     assert f"among the training texts: {count} {seen}\n" in ran.out
     assert (seen, count > 0) == ("queries of documents", True)
 
@@ -686,7 +686,7 @@ def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
     assert sum(right) / len(right) == pytest.approx(report["accuracy"]["value"])
     assert report["accuracy"]["low"] <= report["accuracy"]["value"] <= report["accuracy"]["high"]
     assert report["accuracy"]["value"] > 2 / report["classes"]
-    assert report["test_texts_trained_on"] == len(texts)
+    assert report["test_texts_seen_in_training"] == len(texts)
     assert f"{len(texts)} test texts are among those of training" in ran.out
     assert f"accuracy {report['accuracy']['value']:.3f}" in ran.out
 

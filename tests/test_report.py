@@ -102,7 +102,7 @@ def test_a_teacher_score_of_zero_has_no_retention(scores: Scores) -> None:
 
 def test_texts_of_the_evaluation_among_the_training_texts_are_counted_in_a_line(scores: Scores, run: Run) -> None:
     assert "among the training texts" not in report.summary(run, scores)
-    seen = replace(scores, trained_on={"queries of cacm-docs": 52, "sentences of sts": 2910})
+    seen = replace(scores, seen_in_training={"queries of cacm-docs": 52, "sentences of sts": 2910})
     assert "\namong the training texts: 52 queries of cacm-docs, 2,910 sentences of sts\n" in report.summary(run, seen)
 
 

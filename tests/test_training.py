@@ -86,7 +86,7 @@ def assert_close_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("static", 1e-2), ("layers", 3e-3)])
-@pytest.mark.parametrize("loss", ["cosine", "contrastive", "gram", "sum"])
+@pytest.mark.parametrize("loss", ["cosine", "contrastive", "gram", "no bank", "sum"])
 def test_the_loss_falls(model: str, store: Path, tmp_path: Path, kind: str, rate: float, loss: str) -> None:
     run = runs.small_run(model, tmp_path, store=store, kind=kind, loss=loss, epochs=8.0, learning_rate=rate)
     losses = curve(tmp_path)

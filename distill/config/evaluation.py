@@ -50,8 +50,8 @@ class EvaluationConfig:
             labelled=[_stem(self.classify_test)] if self.classify_test else [],
         )
 
-    def load(self, texts: list[str], *, role: str | None = None, trained_on: Iterable[str] = ()) -> EvaluationData:
-        """The data, with `texts` for fidelity, and how much of it is among the texts that are `trained_on`.
+    def load(self, texts: list[str], *, role: str | None = None, training_texts: Iterable[str] = ()) -> EvaluationData:
+        """The data, with `texts` for fidelity, and how much of it is among the `training_texts`.
 
         Read before the training: a mistake in a file shows at once.
         """
@@ -65,7 +65,7 @@ class EvaluationConfig:
         data = EvaluationData(
             texts=texts, role=role, pairs=pairs, retrieval=retrieval, labelled=labelled, precisions=self.precisions
         )
-        return replace(data, trained_on=data.among(trained_on))
+        return replace(data, seen_in_training=data.among(training_texts))
 
 
 def _stem(name: str) -> str:

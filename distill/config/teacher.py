@@ -48,8 +48,8 @@ def left_out(teacher: Encoder) -> str | None:
     if not names or teacher.prompt(None):
         return None
     return (
-        f"{teacher.name} has prompts for {', '.join(names)}, and none by default: no prompt is used here. keep_index.py reads queries "
-        "and documents each with its own (--sides.query-prompt, --sides.document-prompt)."
+        f"{teacher.name} has prompts for {', '.join(names)}, and none by default: training texts are read without one, queries and "
+        "documents of an evaluation with theirs. keep_index.py trains with them, too (--sides.query-prompt, --sides.document-prompt)."
     )
 
 

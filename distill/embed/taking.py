@@ -33,8 +33,8 @@ def import_vectors(
 ) -> Store:
     """Take vectors (n, e) that you already have, of an index say, into a store.
 
-    `checked` texts, half of them evenly spaced, half drawn, are embedded by the teacher and compared: IntegrityError names
-    the first whose cosine is below `least_cosine`, since vectors of another model, prompt or max_length would teach the
+    At most `checked` texts, half of them evenly spaced, half drawn, are embedded by the teacher and compared: IntegrityError names
+    the worst if its cosine is below `least_cosine`, since vectors of another model, prompt or max_length would teach the
     wrong space.
     """
     require_encoder(teacher, "import_vectors")

@@ -87,7 +87,7 @@ class Scores:
 
     `closeups[student]` are some of the texts themselves; they are not in `as_json`, which goes into the exported folder.
     `stored` are those with vectors in fewer bytes, the float32 ones of a system first. `sources` are where the labelled
-    tasks come from, `trained_on` how many of their texts are among the training texts.
+    tasks come from, `seen_in_training` how many of their texts are among the training texts.
     """
 
     table: dict[str, dict[str, Score]]
@@ -96,7 +96,7 @@ class Scores:
     closeups: dict[str, Closeup] = field(default_factory=dict)
     stored: list[Stored] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
-    trained_on: dict[str, int] = field(default_factory=dict)
+    seen_in_training: dict[str, int] = field(default_factory=dict)
 
     def compare(self, first: str, second: str, metric: str) -> Difference:
         """What `first` scores more than `second` on the same rows, with its paired interval and p-value.
@@ -145,7 +145,7 @@ class Scores:
             "scores": {name: _plain(row) for name, row in self.table.items()},
             "speed": self.speeds,
             **({"scored_on": self.sources} if self.sources else {}),
-            **({"trained_on": self.trained_on} if self.trained_on else {}),
+            **({"seen_in_training": self.seen_in_training} if self.seen_in_training else {}),
             **({"fidelity": slices} if slices else {}),
             **({"precisions": self._stored()} if self.stored else {}),
         }

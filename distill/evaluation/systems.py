@@ -40,7 +40,7 @@ class EvaluationData:
     labelled: Mapping[str, Labelled] = field(default_factory=dict)
     precisions: Sequence[Precision] = ()
     """Of stored vectors, to be measured beside float32."""
-    trained_on: Mapping[str, int] = field(default_factory=dict)
+    seen_in_training: Mapping[str, int] = field(default_factory=dict)
     """How many texts of which kind are among the training texts, where there are any; the scores carry it along."""
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ def evaluate(
         stored += _stored_scores(name, encode, data)
     everyone = {"teacher": teacher if joined is None else joined.teachers, **students}
     measured = speeds(everyone, data.any_texts()) if speed and data.any_texts() else {}
-    return Scores(table, measured, slices, closeups, stored, data.sources(), dict(data.trained_on))
+    return Scores(table, measured, slices, closeups, stored, data.sources(), dict(data.seen_in_training))
 
 
 def task_scores(

@@ -11,7 +11,7 @@
 
 procrustes_mean: in the first teacher's space, so that its index stays. concatenate: every cosine is the weighted mean of
 the teachers', at the width of all of them; nearly so, at a width of your choice. That is a space of its own.
-Any number of rows: two passes over the stores, O((sum of widths)^2) memory. All rows that are written have length 1.
+Any number of rows: two passes over the stores (one if the joined store stands: its matrix is found again), O((sum of widths)^2) memory. All rows that are written have length 1.
 """
 
 from distill.joining.methods import Method, concatenate, join_stores, keys_by_role, procrustes_mean

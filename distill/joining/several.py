@@ -20,7 +20,7 @@ from distill import distributed
 from distill.embed import embed
 from distill.encoder import Encoder, Texts, texts_by_role
 from distill.joining.methods import Method, join_stores, keys_by_role
-from distill.joining.stores import Joined, shares
+from distill.joining.stores import Joined, shares, side_by_side
 from distill.similarity import normalize
 from distill.store import Store, text_keys
 
@@ -47,7 +47,7 @@ class Several:
         """Joined unit vectors of any texts. What a store lacks is embedded into it; zeros where a teacher has no good vector."""
         units = [self._unit(number, texts, role) for number in range(len(self.teachers))]
         good = torch.stack([rows.any(dim=1) for rows in units]).all(dim=0)
-        return normalize((torch.cat(units, dim=1) @ self.joined.matrix).masked_fill(~rearrange(good, "n -> n 1"), 0.0))
+        return normalize(side_by_side(units, self.joined.matrix).masked_fill(~rearrange(good, "n -> n 1"), 0.0))
 
     def _unit(self, number: int, texts: Sequence[str], role: str | None) -> Float[Tensor, "n e"]:
         teacher, store = self.teachers[number], Store.open(self.stores[number])
@@ -67,8 +67,8 @@ class Several:
         }
 
     def __str__(self) -> str:
-        shares = zip(self.teachers, self.weights, strict=True)
-        return f"{self.method} of {', '.join(f'{teacher.name} ({weight:.3g})' for teacher, weight in shares)}"
+        named = zip(self.teachers, self.weights, strict=True)
+        return f"{self.method} of {', '.join(f'{teacher.name} ({weight:.3g})' for teacher, weight in named)}"
 
 
 def several(
@@ -92,6 +92,8 @@ def several(
         stores.append(Store.open(store.path))
     keys = [keys_by_role(texts, teacher) for teacher in teachers]
     write = partial(join_stores, stores, method, weights, width, keys)
-    distributed.main_first(lambda: write().error)  # the others then read what it wrote
+    made: list[Joined] = []  # on the main process; the others then read what it wrote
+    distributed.main_first(lambda: made.append(write()))
+    joined = made[0] if made else write()
     own = [store.path for store in stores]
-    return Several(tuple(teachers), own, method, tuple(shares(weights, len(stores))), write())
+    return Several(tuple(teachers), own, method, tuple(shares(weights, len(stores))), joined)

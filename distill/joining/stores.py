@@ -90,7 +90,7 @@ class Sources:
             yield Rows(vectors, self.keys[here], self.stores[0].token_counts[self.rows[0][here]], flags)
 
     def _block(self, chosen: np.ndarray, matrix: Float[Tensor, "w e"]) -> np.ndarray:
-        joined = normalize(torch.cat(self.units(chosen), dim=1) @ matrix)
+        joined = normalize(side_by_side(self.units(chosen), matrix))
         joined[torch.from_numpy(self.flags[chosen] != GOOD)] = 0.0
         return joined.numpy().astype(np.float16)
 
@@ -100,6 +100,13 @@ class Sources:
         named = {f"teacher {number}": store.identity for number, store in enumerate(self.stores, start=1)}
         weights = " ".join(f"{weight:.9g}" for weight in self.weights)
         return {"joined": method, "width": width, "weights": weights, "texts": texts} | named
+
+
+def side_by_side(units: Units, matrix: Float[Tensor, "w e"]) -> Float[Tensor, "b e"]:
+    """Unit rows side by side, times the matrix. One that only scales them, as `concatenate`'s, takes no product."""
+    rows, read = torch.cat(units, dim=1), matrix.any(dim=1)
+    scale = matrix[read].diagonal()
+    return rows[:, read] * scale if torch.equal(scale.diag(), matrix[read]) else rows @ matrix
 
 
 def read_together(

@@ -61,8 +61,7 @@ class DistillLoss(nn.Module):
     ) -> Float[Tensor, ""]:
         columns = list(sentence_features)
         teachers = self._teachers(labels, len(columns))
-        if distributed.world_size() > 1:
-            self._check_processes(teachers)
+        self._check_rows(teachers)
         keys = [None if self.keys is None else self.keys(features) for features in columns]
         values = [self._value(*column) for column in zip(columns, teachers, keys, strict=True)]
         return torch.stack(values).mean()
@@ -92,16 +91,26 @@ class DistillLoss(nn.Module):
             )
         return teachers
 
-    def _check_processes(self, teachers: Sequence[Tensor]) -> None:
-        """A loss of the global batch needs one loss, and as many columns, on every process: else they wait for ever."""
-        mine = zlib.crc32(repr(self.loss).encode())
-        signature = torch.tensor([[mine, len(teachers), teachers[0].shape[-1]]], device=teachers[0].device)
+    def _check_rows(self, teachers: Sequence[Tensor]) -> None:
+        """Finite rows; and on every process one loss and as many columns, else they wait for ever. All raise, or none.
+
+        Labels come anew in each step, so no check before the run sees them. This one waits for the device; so does the
+        trainer, which asks each step's loss for NaN (logging_nan_inf_filter) and, by default, hides what it found.
+        """
+        mine, different = zlib.crc32(repr(self.loss).encode()), {id(teacher): teacher for teacher in teachers}.values()
+        bad = sum(int((~teacher.isfinite().all(dim=-1)).sum()) for teacher in different)
+        signature = torch.tensor([[mine, len(teachers), teachers[0].shape[-1], bad]], device=teachers[0].device)
         everyone = distributed.gather_rows(signature, [1] * distributed.world_size())
-        if (everyone != signature).any():
+        if (everyone[:, :3] != signature[:, :3]).any():
             raise ValueError(
                 "DistillLoss is a loss of all processes' rows together, and in this step they have different losses, "
-                f"numbers of text columns, or widths: {everyone[:, 1:].tolist()}. Train several datasets with one loss "
+                f"numbers of text columns, or widths: {everyone[:, 1:3].tolist()}. Train several datasets with one loss "
                 'and as many columns, or set accelerator_config={"split_batches": True}: a batch is then of one dataset.'
+            )
+        if everyone[:, 3].any():
+            raise ValueError(
+                f"DistillLoss got labels of which {int(everyone[:, 3].sum())} rows are not finite: one step on them makes the whole "
+                'student NaN. Leave their texts out: dataset.filter(lambda row: numpy.isfinite(row["label"]).all()).'
             )
 
     def set_progress(self, progress: float) -> None:
@@ -193,11 +202,4 @@ def _check_labels(labels: Tensor, bank: Tensor | None) -> None:
         raise ValueError(
             f"DistillLoss has a bank {tuple(bank.shape)} and labels {tuple(labels.shape)} of another width. Both are vectors of "
             "one teacher. If MatryoshkaLoss cut the labels: DistillLoss(model, Matryoshka(CrossKL(), (64, 128)), bank=bank)."
-        )
-    # Labels come anew in each step, so no check before the run sees them. This one waits for the device; so does the trainer,
-    # which asks each step's loss for NaN (logging_nan_inf_filter) and, by default, hides what it found.
-    if not (finite := labels.isfinite().all(dim=-1)).all():
-        raise ValueError(
-            f"DistillLoss got labels of which {int((~finite).sum())} of {len(labels)} rows are not finite: one step on them makes "
-            'the whole student NaN. Leave their texts out: dataset.filter(lambda row: numpy.isfinite(row["label"]).all()).'
         )

@@ -143,6 +143,9 @@ def _facts(report: Report) -> Pairs:
         "student": _about(report.get("student", {})),
         "texts": report.get("data"),
         "scored on": "; ".join(f"{name}: {source}" for name, source in report.get("scored_on", {}).items()),
+        "among the training texts": ", ".join(
+            f"{count:,} {name}" for name, count in report.get("seen_in_training", {}).items()
+        ),
         "loss": report.get("loss"),
         "finished": report.get("finished", "").replace("T", " ").replace("+00:00", " UTC"),
         "versions": versions,

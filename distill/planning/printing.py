@@ -16,11 +16,11 @@ from torch import nn
 from distill import distributed
 from distill.config import StudentConfig
 from distill.embed import default_store
-from distill.encoder import Encoder
+from distill.encoder import Encoder, Texts, texts_by_role
 from distill.evaluation import EvaluationData
 from distill.narrow import narrow_path
 from distill.planning import arithmetic
-from distill.planning.rehearsal import Speeds, Texts, rehearse, some_of, stage
+from distill.planning.rehearsal import ByRole, Speeds, rehearse, some_of, stage
 from distill.store import Format, Store, text_keys
 from distill.store.shards import MANIFEST
 from distill.training import TrainConfig, sampling
@@ -32,7 +32,7 @@ Unit = Callable[[Number], str]
 def plan(
     teacher: Encoder,
     kind: StudentConfig,
-    texts: Sequence[str] | Mapping[str, Sequence[str]],
+    texts: Texts,
     config: TrainConfig,
     loss: nn.Module,
     data: EvaluationData,
@@ -45,7 +45,7 @@ def plan(
     `teacher` lies on the CPU; the others are as the run gets them. The device
     is first touched for the rehearsal, and not at all if the run does not fit on it.
     """
-    by_role: Texts = dict(texts.items()) if isinstance(texts, Mapping) else {None: texts}
+    by_role: ByRole = dict(texts_by_role(texts))
     sample, device = some_of(by_role, config), distributed.device()
     with _temporary() as folder:
         scene = stage(teacher, kind, sample, folder)
@@ -91,7 +91,7 @@ def _opened(path: Path, space: int | None) -> list[Store]:
 
 
 def _missing(
-    teacher: Encoder, kind: StudentConfig, texts: Texts, data: EvaluationData, stores: Sequence[Store]
+    teacher: Encoder, kind: StudentConfig, texts: ByRole, data: EvaluationData, stores: Sequence[Store]
 ) -> dict[str, tuple[int, float]]:
     """What the teacher has to compute: texts and their tokens, of the training, of single tokens, of the evaluation."""
 
@@ -100,7 +100,7 @@ def _missing(
         lacked = _lacked(among, text_keys(some, prompt=teacher.prompt(role)))
         return [text for text, lacks in zip(some, lacked, strict=True) if lacks]
 
-    def counted(by_role: Texts, among: Sequence[Store]) -> tuple[int, float]:
+    def counted(by_role: ByRole, among: Sequence[Store]) -> tuple[int, float]:
         left = {role: absent(some, role, among) for role, some in by_role.items()}
         return sum(map(len, left.values())), sum(_tokens(teacher, some, role) for role, some in left.items())
 

@@ -28,7 +28,7 @@ WARM_UP = 5  # steps that are left out of the time
 TEACHER_TOKENS = {"cpu": 2048}  # that tell a teacher's speed; on other devices as follows
 TEACHER_TOKENS_ELSEWHERE = 131_072
 
-Texts = Mapping[str | None, Sequence[str]]
+ByRole = Mapping[str | None, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Speeds:
     student_text: float
 
 
-def some_of(texts: Texts, config: TrainConfig) -> dict[str | None, list[str]]:
+def some_of(texts: ByRole, config: TrainConfig) -> dict[str | None, list[str]]:
     """Some of the texts of each role, evenly spaced: enough for the steps and the bank of a rehearsal."""
     wanted = min(SAMPLE_TEXTS, max(4096, config.bank_size, STEPS * config.batch_size * config.accumulation))
     total = sum(map(len, texts.values()))

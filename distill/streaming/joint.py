@@ -19,9 +19,7 @@ from distill.streaming.engine import Buffer, Share, exact_dtype, pass_rows, tile
 BLOCK = 256
 # On CUDA, where products that small leave most of the device idle; and rows of a tile there.
 CUDA_BLOCK, CUDA_ROWS = 512, 8192
-
-
-# Tiles that are summed in float32 before they go to a float64 total: 400 of them put a cross_mse of width 8 off by 9e-5, and
+# How many tiles are summed in float32 before they go to a float64 total: 400 of them put a cross_mse of width 8 off by 9e-5, and
 # each of its own would cost 6 % of the products of width 768.
 PART = 16
 

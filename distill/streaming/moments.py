@@ -118,10 +118,8 @@ def _cross_mse_direct(
     share: Share, student: Tensor, teacher: Tensor, bank: Tensor | None, dtype: torch.dtype, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """D B^T by tiles."""
-    width, columns = (
-        student.shape[1],
-        [LazyUnitRows(share.everyone(teacher))] + ([] if bank is None else [LazyUnitRows(bank)]),
-    )
+    width = student.shape[1]
+    columns = [LazyUnitRows(share.everyone(teacher))] + ([] if bank is None else [LazyUnitRows(bank)])
     joint = Joint(share, student, teacher, dtype, difference=True)
     gradient, value = joint.new_gradient(with_gradient), student.new_zeros((), dtype=exact_dtype(student))
     count = sum(map(len, columns))

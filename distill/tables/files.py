@@ -57,7 +57,7 @@ def refuse_missing(path: Path) -> None:
         raise DataError(f"{path} is a folder; name a file in it, or several: {path / '*.parquet'}")
     if not path.is_file():
         near = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        texts = "" if is_data_name(path.name) else " Texts themselves are given as a list; a tuple is one of sources."
+        texts = " Texts themselves are given as a list; a tuple is one of sources." if " " in path.name else ""
         raise DataError(f"{path} does not exist.{meant(path.name, near)}{texts}")
 
 
@@ -174,15 +174,18 @@ def _csv(path: Path, wanted: tuple[str, ...]) -> Table:
 
 
 def _is_header(cells: Sequence[str], wanted: Sequence[str] = ()) -> bool:
-    return bool({cell.strip().lower() for cell in cells} & {*HEADER_NAMES, *(name.lower() for name in wanted)})
+    """Known names, or those asked for; numbers are places, but where they number all columns, as pandas does."""
+    found = [cell.strip().lower() for cell in cells]
+    names = {*HEADER_NAMES, *(name.lower() for name in wanted if not name.strip().isdecimal())}
+    return bool(names & {*found}) or (bool({*wanted} & {*found}) and found == [str(i) for i in range(len(found))])
 
 
 def _refuse_quotes(place: str, rows: list[list[str]]) -> None:
-    """DataError where the cells of a column all stand in quotes, or one does and doubles those within."""
+    """DataError where the cells of a column all stand in quotes, or two do and double those within."""
     for column in zip(*rows, strict=True):
         filled = [cell for cell in column if cell.strip()]
         quoted = [cell for cell in filled if len(cell) > 1 and cell[0] == cell[-1] == '"']
-        if (len(quoted) == len(filled) > 1) or any('""' in cell[1:-1] for cell in quoted):
+        if (len(quoted) == len(filled) > 1) or sum('""' in cell[1:-1] for cell in quoted) > 1:
             raise DataError(
                 f"{place}: cells stand in quotes ({shown(quoted[0])}), and a .tsv is read unquoted. Write it without quotes, "
                 "or as .csv or .jsonl."
@@ -195,10 +198,12 @@ def _refuse_other_delimiter(place: str, cells: list[str]) -> None:
     for mark, name in {";": "semicolons", "\t": "tabs", "|": "bars"}.items():
         counts = {cell.count(mark) for cell in filled}
         alike = len(filled) > 1 and len(counts) == 1 and counts != {0}
-        if alike or (filled and mark in filled[0] and _is_header(filled[0].split(mark))):
+        prose = alike and all(f"{mark} " in cell for cell in filled)
+        names = [name.strip() for name in filled[0].split(mark)] if filled and mark in filled[0] else []
+        if (alike and not prose) or (all(map(str.isidentifier, names)) and _is_header(names)):
             raise DataError(
                 f"{place}: one column, whose cells look parted by {name} ({shown(filled[0])}). A .csv is parted by commas, "
-                "a .tsv by tabs: write the file anew, or rename it. Texts that hold such marks are read from .txt or .jsonl."
+                "a .tsv by tabs: write the file anew, or rename it. Texts that hold such marks are read below a line 'text', or from .txt or .jsonl."
             )
 
 

@@ -47,6 +47,11 @@ def hub_table(name: str, revision: str | None, token: str | None, wanted: tuple[
     return dataset_table(data, title, wanted, commit)
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote it."""
+    return (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+
+
 def saved_table(folder: Path, wanted: tuple[str, ...]) -> Table:
     """Of a folder that `Dataset.save_to_disk` wrote."""
     from datasets import load_from_disk
@@ -63,9 +68,8 @@ def dataset_table(given: DataSet, title: str, wanted: tuple[str, ...], commit: s
 
     data, columns = given.with_format(None), list(given.column_names)
     strings = [name for name in columns if "string" in str(getattr(data.features[name], "dtype", ""))]
-    data = data.select_columns(
-        with_names(columns, wanted) or with_names(columns, ["text", *strings])
-    )  # pictures stay undecoded
+    read = with_names(columns, wanted) or with_names(columns, ["text", *strings]) or columns[:1]
+    data = data.select_columns(read)  # pictures stay undecoded
     classes = {key: value for key, value in data.features.items() if isinstance(value, ClassLabel)}
 
     def rows() -> Iterator[Row]:

@@ -10,10 +10,12 @@ from typing import Any
 
 from distill.errors import DataError
 from distill.tables.files import SUFFIXES, file_table, is_data_name
-from distill.tables.hub_data import HUB_DATA, DataSet, dataset_table, hub_table, saved_table
+from distill.tables.hub_data import HUB_DATA, DataSet, dataset_table, hub_table, is_saved, saved_table
 from distill.tables.table import Table, shown
 
 Source = str | Path | DataSet
+
+LONGEST_NAME = 255  # bytes of a file's name, on most file systems
 
 
 def read_tables(
@@ -44,10 +46,8 @@ def read_tables(
     elif isinstance(source, DataSet):
         yield dataset_table(source, type(source).__name__, wanted)
     elif not isinstance(source, Sequence):
-        listed = ' Make a list of it, list(...); of a table, of its column: list(table["text"]).'
         raise DataError(
-            f"Texts come from a path, a name, a list or a Dataset, not from {type(source).__name__}."
-            + (listed if hasattr(source, "__iter__") else "")
+            f"Texts come from a path, a name, a list or a Dataset, not from {type(source).__name__}.{_way_out(source)}"
         )
     elif isinstance(source, tuple) or _are_sources(source):
         for item in source:
@@ -61,11 +61,21 @@ def read_tables(
 
 def _path_table(path: Path, wanted: tuple[str, ...]) -> Table:
     """Of a file, or of a folder that `datasets` wrote."""
-    if (path / "state.json").is_file():
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise DataError(f"{str(path)[:60]!r}... is no name of a file. Texts themselves are given as a list.")
+    if is_saved(path):
         return saved_table(path, wanted)
-    if splits := sorted(path.glob("*/state.json")) if path.is_dir() else []:
-        raise DataError(f"{path} holds {len(splits)} splits of a data set; name one: {splits[-1].parent}")
+    if splits := sorted(item for item in path.iterdir() if is_saved(item)) if path.is_dir() else []:
+        raise DataError(f"{path} holds the splits of a data set; name one: {', '.join(map(str, splits))}")
     return file_table(path, wanted)
+
+
+def _way_out(source: Any) -> str:
+    if hasattr(source, "keys"):
+        return ' Name one of its parts: data["train"] of a DatasetDict, list(table["text"]) of a table.'
+    if hasattr(source, "column_names"):  # a stream of rows
+        return ' Take its column: [row["text"] for row in data].'
+    return " Make a list of it: list(...)." if hasattr(source, "__iter__") else ""
 
 
 def _listed_texts(texts: Sequence[Any]) -> Table:
@@ -96,7 +106,7 @@ def _are_sources(items: Sequence[Any]) -> bool:
     """Whether a list holds sources rather than texts; a list that could be both by mistake is refused."""
     # "and/or" is a text: in a list, a Hub data set is written with its split, "org/name::train".
     likely = [
-        (is_data_name(item) or bool(HUB_DATA.fullmatch(item) and item.count(":") == 2))
+        (is_data_name(item) or _is_saved_name(item) or bool(HUB_DATA.fullmatch(item) and item.count(":") == 2))
         if isinstance(item, str)
         else isinstance(item, Path | list | tuple | DataSet)
         for item in items
@@ -110,15 +120,23 @@ def _are_sources(items: Sequence[Any]) -> bool:
                 f"A list holds either texts or sources, this one holds both: {str(item)!r} and {shown(other)} "
                 f"(item {likely.index(False) + 1}). Known file endings: {', '.join(SUFFIXES)}, each also with .gz."
             )
-    there = [item for item, known in zip(items, likely, strict=True) if not known and _is_there(item)]
-    if there and (len(there) == len(items) or any(Path(item).suffix for item in there)):
-        name, folder = there[0], Path(there[0]).is_dir()
+    if items and all(_could_be_a_name(item) and os.path.exists(item) for item in items):
+        name, folder = items[0], Path(items[0]).is_dir()
         kind = "folder; its files are" if folder else "file, whose ending is none of"
         known = f"{name}/*.parquet" if folder else ", ".join(SUFFIXES)
-        raise DataError(f"A list holds texts or sources, and {name!r} is the name of a {kind} {known}.")
+        raise DataError(
+            f"A list holds texts or sources, and {name!r} is the name of a {kind} {known}. If it is a text: "
+            'Dataset.from_dict({"text": [...]}).'
+        )
     return False
 
 
-def _is_there(text: Any) -> bool:
-    """Whether a text is the name of a file or folder: one word, and no mere dot."""
-    return isinstance(text, str) and bool(re.fullmatch(r"\S*\w\S*", text)) and os.path.exists(text)
+def _is_saved_name(text: str) -> bool:
+    return _could_be_a_name(text) and is_saved(Path(text))
+
+
+def _could_be_a_name(text: Any) -> bool:
+    """One word, no mere dot, and not longer than a name can be."""
+    return (
+        isinstance(text, str) and len(text) <= LONGEST_NAME and len(text.split()) == 1 and bool(re.search(r"\w", text))
+    )

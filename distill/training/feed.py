@@ -58,11 +58,11 @@ class Feed:
         size, accumulation = self.config.batch_size, self.config.accumulation
         return sampling.batches(step, len(self.data), batch_size=size, accumulation=accumulation, seed=self.config.seed)
 
-    def shares(self, step: int) -> list[BatchPart]:
+    def parts(self, step: int) -> list[BatchPart]:
         """This process's rows of each of the step's batches, with their losses. Steps are asked for one after the other."""
         reads = self._coming_reads(step)
         total = sum(read.texts for read in reads)
-        return [self._share(read, total) for read in reads]
+        return [self._part(read, total) for read in reads]
 
     def close(self) -> None:
         """End the thread that reads ahead, if there is one."""
@@ -100,13 +100,14 @@ class Feed:
         vectors = self.store.take_stored(self.data.rows[rows])
         return vectors.pin_memory() if self.device.type == "cuda" else vectors
 
-    def _share(self, read: "_Read", total: int) -> BatchPart:
-        """`total` rows has the step."""
+    def _part(self, read: "_Read", total: int) -> BatchPart:
+        """The step has `total` rows."""
         most = -(-read.texts // distributed.world_size())
         return BatchPart(read.tokens, read.count, most, partial(self._loss, read, read.texts / total))
 
     def _loss(self, read: "_Read", weight: float, vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-        teacher, keys = self._here(read.teacher).float(), self._here(read.keys)
+        teacher = self._here(read.teacher).float()
+        keys = self._here(read.keys) if getattr(self.loss, "uses_bank", False) else None
         bank = None if read.bank is None else self._here(read.bank).float()
         bank_keys = None if read.bank_keys is None else self._here(read.bank_keys)
         return weight * distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)

@@ -25,7 +25,7 @@ from distill.training.gradient_cache import MicroBatch, backward_in_micro_batche
 class BatchPart:
     """This process's part of a global batch: `count` texts, at most `most` on any process, and the loss of their vectors."""
 
-    tokens: Tokens  # of one text if the share has none
+    tokens: Tokens  # of one text if the part has none
     count: int
     most: int
     loss: Callable[[Float[Tensor, "b d"]], Float[Tensor, ""]]
@@ -48,40 +48,40 @@ class StepGradients:
         self.any_process = partial(distributed.any_process, device=device)
         self._fitted_tokens: int | None = None  # the first step does not count: the optimizer takes its memory after it
 
-    def add(self, shares: Sequence[BatchPart]) -> Float[Tensor, ""]:
-        """Gradients of the sum of the shares' losses, and that sum. The gradients there were are lost if memory runs out."""
-        most = max(share.most for share in shares)
-        return self.micro_batch.run(partial(self._add, shares), undo=self.student.zero_grad, most=most)
+    def add(self, parts: Sequence[BatchPart]) -> Float[Tensor, ""]:
+        """Gradients of the sum of the parts' losses, and that sum. The gradients there were are lost if memory runs out."""
+        most = max(part.most for part in parts)
+        return self.micro_batch.run(partial(self._add, parts), undo=self.student.zero_grad, most=most)
 
-    def _add(self, shares: Sequence[BatchPart], micro_batch: int) -> Float[Tensor, ""]:
-        *before, last = shares
-        parts = [self._backward(share, self.student, micro_batch, self.any_process) for share in before]
+    def _add(self, parts: Sequence[BatchPart], micro_batch: int) -> Float[Tensor, ""]:
+        *before, last = parts
+        values = [self._backward(part, self.student, micro_batch, self.any_process) for part in before]
         if distributed.world_size() > 1 and self._surely_fits(last, micro_batch):
-            parts.append(self._backward(last, self.model, micro_batch, _cannot_be_undone))
+            values.append(self._backward(last, self.model, micro_batch, _cannot_be_undone))
         else:
-            parts.append(self._backward(last, self.student, micro_batch, self.any_process))
+            values.append(self._backward(last, self.student, micro_batch, self.any_process))
             self._exchange(last, micro_batch)
-        return torch.stack(parts).sum()
+        return torch.stack(values).sum()
 
     def _backward(
-        self, share: BatchPart, model: nn.Module, micro_batch: int, any_process: Callable[[bool], bool]
+        self, part: BatchPart, model: nn.Module, micro_batch: int, any_process: Callable[[bool], bool]
     ) -> Float[Tensor, ""]:
-        encode, lengths = partial(share.encode, model), share.tokens.lengths[: share.count]
-        return backward_in_micro_batches(encode, lengths, share.loss, micro_batch=micro_batch, any_process=any_process)
+        encode, lengths = partial(part.encode, model), part.tokens.lengths[: part.count]
+        return backward_in_micro_batches(encode, lengths, part.loss, micro_batch=micro_batch, any_process=any_process)
 
-    def _surely_fits(self, share: BatchPart, micro_batch: int) -> bool:
+    def _surely_fits(self, part: BatchPart, micro_batch: int) -> bool:
         """Whether each process has run as many tokens at once as it has now."""
-        fits = share.most <= micro_batch and share.token_count <= (self._fitted_tokens or 0)
+        fits = part.most <= micro_batch and part.token_count <= (self._fitted_tokens or 0)
         return not self.any_process(not fits)
 
-    def _exchange(self, share: BatchPart, micro_batch: int) -> None:
+    def _exchange(self, part: BatchPart, micro_batch: int) -> None:
         if distributed.world_size() == 1:
             return
-        exchange_gradients(self.model, share.tokens.rows(share.tokens.lengths.argmin()[None]))
+        exchange_gradients(self.model, part.tokens.rows(part.tokens.lengths.argmin()[None]))
         if self._fitted_tokens is None:
             self._fitted_tokens = 0
-        elif share.most <= micro_batch:
-            self._fitted_tokens = max(self._fitted_tokens, share.token_count)
+        elif part.most <= micro_batch:
+            self._fitted_tokens = max(self._fitted_tokens, part.token_count)
 
 
 def _cannot_be_undone(out_of_memory: bool) -> bool:

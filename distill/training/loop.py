@@ -152,7 +152,7 @@ class _Loop:
         rows = np.concatenate(self.feed.batches(step))
         if self.rows:
             self.rows.lend(step, self.data.tokens.rows(torch.from_numpy(rows)).ids)
-        value = self.gradients.add(self.feed.shares(step))
+        value = self.gradients.add(self.feed.parts(step))
         if self.rows:
             self.rows.exchange()
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_norm or math.inf)

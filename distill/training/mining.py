@@ -45,7 +45,7 @@ def hard_neighbours(
 def _digest(data: Examples, store: Store, count: int, margin: float) -> str:
     found_for = {
         "texts": files.digest(data.keys.numpy().tobytes()),
-        "teacher": store.fingerprint,
+        "teacher": store.fingerprint,  # the file lies in the store, so that its form needs no name
         "count": count,
         "margin": margin,
     }
