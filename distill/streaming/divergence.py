@@ -26,6 +26,8 @@ CUDA_CHUNK = 2**25
 BLOCK = 2**18
 # exp(16) p: where |delta| stays below, what p has lost to underflow is below 1e-24 of q.
 NEAR = 16.0
+# A w, hence a divergence of 1.8, above which a mean that is off by rounding does not count.
+LARGE = 5.0
 
 
 @operator
@@ -179,8 +181,8 @@ def _row_sums(
     centred = delta - mean
     growth = torch.expm1(centred)
     w = (p * growth).sum(-1, keepdim=True)
-    value = (p * growth.sub_(centred)).sum(-1, keepdim=True) + _log1p_minus(w)
-    return value.clamp_(min=0), torch.cat([teacher_sum, w.log1p() + mean], -1)
+    value = _near_divergence((p * growth.sub_(centred)).sum(-1, keepdim=True), w)
+    return value, torch.cat([teacher_sum, w.log1p() + mean], -1)
 
 
 def _both_directions(
@@ -213,7 +215,7 @@ def divergence(
     """
     if kernels := engine.kernels_for(logits):
         value, _, w = kernels.divergence_rows(logits, delta, near, into_delta=True).split(1, -1)
-        return torch.where(near, value + _log1p_minus(w), value).clamp(min=0).sum()
+        return torch.where(near, _near_divergence(value, w), value.clamp(min=0)).sum()
     total = logits.new_zeros(())
     for start, stop in _blocks(logits):
         total += _block(logits[start:stop], delta[start:stop], near[start:stop])
@@ -246,10 +248,10 @@ def _near(logits: Float[Tensor, "b n"], delta: Float[Tensor, "b n"]) -> Float[Te
     p, _ = softmax_(logits)
     growth = torch.expm1(delta.sub_(_mean(p, delta)))
     w = (p * growth).sum(-1, keepdim=True)
-    value = (p * delta.sub_(growth)).sum(-1, keepdim=True).neg_() + _log1p_minus(w)
+    value = _near_divergence((p * delta.sub_(growth)).sum(-1, keepdim=True).neg_(), w)
     torch.mul(p, growth.sub_(w), out=delta)
     delta.div_(1 + w)
-    return value.clamp_(min=0)
+    return value
 
 
 def _far(logits: Float[Tensor, "b n"], delta: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
@@ -266,10 +268,13 @@ def _mean(p: Float[Tensor, "b n"], delta: Float[Tensor, "b n"]) -> Float[Tensor,
     return torch.linalg.vecdot(p, delta).unsqueeze(-1)
 
 
-def _log1p_minus(w: Float[Tensor, "b 1"]) -> Float[Tensor, "b 1"]:
-    """log(1 + w) - w, about -w^2 / 2."""
+def _near_divergence(excess: Float[Tensor, "b 1"], w: Float[Tensor, "b 1"]) -> Float[Tensor, "b 1"]:
+    """From sum p (expm1(delta) - delta) and w. It is log(1 + w) less the mean of delta, which is 0 but for rounding: where w
+    is small, that counts, and where it is large, w takes the digits of the rest.
+    """
     exact = w.to(exact_dtype(w))
-    return (exact.log1p() - exact).to(w.dtype)
+    logarithm = exact.log1p()
+    return torch.where(exact > LARGE, logarithm, excess + (logarithm - exact)).to(w.dtype).clamp_(min=0)
 
 
 def softmax_(logits: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b 1"]]:
