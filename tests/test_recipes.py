@@ -76,7 +76,7 @@ SMALL = {
         "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels} --gate cosine>=0.99 cka>=0.99"
     },
     "classify": {
-        "all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --steps 20 --shots 8",
+        "all": "--train-data {labelled} --test-data {labelled} --encoder {bert} --steps 20 --shots 5",
         "together": "--train-data {labelled} --test-data {labelled} --encoder {asked} --shots 1 --train-encoder "
         "--teacher.name {asked} --teacher.max-length 64 --labels.epochs 3 --labels.batch-size 24",
     },
@@ -686,8 +686,8 @@ def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
     assert sum(right) / len(right) == pytest.approx(report["accuracy"]["value"])
     assert report["accuracy"]["low"] <= report["accuracy"]["value"] <= report["accuracy"]["high"]
     assert report["accuracy"]["value"] > 2 / report["classes"]
-    assert report["test_texts_seen_in_training"] == len(texts)
-    assert f"{len(texts)} test texts are among those of training" in ran.out
+    assert report["test_texts_seen_in_training"] == report["train_texts"] < len(texts)
+    assert f"{report['train_texts']} test texts are among those of training" in ran.out
     assert f"accuracy {report['accuracy']['value']:.3f}" in ran.out
 
 

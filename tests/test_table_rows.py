@@ -127,7 +127,7 @@ def test_a_run_by_rows_is_the_dense_run(
     dense, dense_losses = weights_and_losses(tiny_bert, tmp_path / "dense", **options)
     rows, losses = weights_and_losses(tiny_bert, tmp_path / "rows", table_update="rows", **options)
     assert rows.keys() == dense.keys()
-    np.testing.assert_allclose(losses, dense_losses, rtol=1e-5)
+    np.testing.assert_allclose(losses, dense_losses, rtol=2e-5)
     for name, value in rows.items():
         np.testing.assert_allclose(value, dense[name], atol=1e-4, err_msg=name)
 
