@@ -17,7 +17,7 @@ COMMANDS = {
 def main() -> None:
     """List the commands; exit code 2 if one of them was meant."""
     if meant := [name for name in sys.argv[1:2] if name in COMMANDS]:
-        print(f"error: the command is python -m distill.{meant[0]}, with a point.", file=sys.stderr)
+        print(f"error: the command is python -m distill.{meant[0]}, with a dot.", file=sys.stderr)
         sys.exit(2)
     print("Commands, each with --help. Students are trained by the recipes: accelerate launch recipes/NAME.py --help\n")
     for name, purpose in COMMANDS.items():
