@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +18,13 @@ from tqdm.auto import tqdm
 from distill import distributed, files, folder, hub
 from distill.ahead import ahead
 from distill.beginnings import beginnings
-from distill.errors import DataError, RecipeError
+from distill.errors import RecipeError
 from distill.folder import UNLIMITED, Parts
-from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone, Truncate
+from distill.modules import Dense, StaticTable, Tokens, TransformerBackbone, Truncate, eval_mode
+from distill.texts import refuse_one_text, refuse_what_is_no_text
 
 WINDOW = 16_384  # texts that are sorted by length together; the more, the less padding
 ComputeDtype = Literal["float32", "bfloat16"]
-Texts = Sequence[str] | Mapping[str, Sequence[str]]  # alone, or by role: {"query": [...], "document": [...]}
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Encoder(nn.Module):
         refuse_one_text(texts)
         if not len(texts):
             return Tokenized(Tokens.from_lists([]), [], [])
-        _check_texts(texts)
+        refuse_what_is_no_text(texts)
         texts = [prompt + text for text in texts]
         keeps_end = getattr(self.tokenizer, "truncation_side", "right") == "left"
         parts = texts if keeps_end else beginnings(texts, self.max_length, _backend(self.tokenizer))
@@ -266,40 +265,6 @@ def require_encoder(model: object, where: str) -> None:
         raise TypeError(f"{where}: an Encoder is expected, got {_kind_and_way(model)}")
 
 
-def distinct(texts: Sequence[str]) -> list[str]:
-    """Each text once, in their order. DataError for one text where a list of them is expected."""
-    refuse_one_text(texts)
-    return list(dict.fromkeys(texts))
-
-
-def texts_by_role(texts: Texts) -> list[tuple[str | None, Sequence[str]]]:
-    """Texts with their role, in their order; texts alone have none."""
-    roles: list[tuple[str | None, Sequence[str]]] = (
-        list(texts.items()) if isinstance(texts, Mapping) else [(None, texts)]
-    )
-    for _, some in roles:
-        refuse_one_text(some)
-    return roles
-
-
-def refuse_one_text(texts: Sequence[str]) -> None:
-    """A str is a sequence of texts, too: its letters."""
-    if isinstance(texts, str):
-        raise DataError(f"a list of texts is expected, got one text, {texts[:60]!r}. Put it in a list.")
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode, and each part's own mode again afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
 def _kind_and_way(model: object) -> str:
     """What was given for a model, and what to do with it."""
     if isinstance(model, str | Path):
@@ -309,20 +274,6 @@ def _kind_and_way(model: object) -> str:
     else:
         way = "Open a model by Encoder.from_pretrained(path); vectors alone, of an API say, go into a store by write_store (README)."
     return f"an object of {type(model).__module__}.{type(model).__qualname__}. {way}"
-
-
-def _check_texts(texts: Sequence[str]) -> None:
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"text {number} is {type(text).__name__} {text!r:.60}; a str is expected.")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"text {number} holds half a surrogate pair at character {error.start}: {text[:60]!r}. It was cut "
-                    "in the middle of a character; text.encode('utf-8', 'replace').decode() replaces such halves."
-                ) from None
 
 
 def _lower(text: str) -> str:

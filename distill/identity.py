@@ -18,8 +18,9 @@ from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.encoder import Encoder, eval_mode
+from distill.encoder import Encoder
 from distill.errors import IntegrityError
+from distill.modules import eval_mode
 from distill.store import GOOD, Store, compression, shards
 from distill.store.vectors import differing_fields
 

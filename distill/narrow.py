@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distill import distributed, files, metrics
 from distill.embed.taking import read_array
-from distill.encoder import Encoder, Texts, texts_by_role
+from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, RecipeError, reported
 from distill.identity import recognize
 from distill.modules import Dense, Normalize, Truncate
@@ -30,6 +30,7 @@ from distill.space import Kept, Space
 from distill.store import Rows, Store
 from distill.store.compression import principal_directions, spread
 from distill.store.shards import SHARD_ROWS
+from distill.texts import Texts, texts_by_role
 
 NAME = "rotation.safetensors"
 BATCH = 4096

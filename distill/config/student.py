@@ -13,13 +13,14 @@ from distill import distributed, students
 from distill.config.bounds import at_least
 from distill.config.teacher import fetch
 from distill.embed import embed, embed_vocabulary
-from distill.encoder import Encoder, texts_by_role
+from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.narrow import narrow, require_narrower
 from distill.quantized import TableFormat
 from distill.similarity import evenly_spaced
 from distill.space import Space
 from distill.store import Store
+from distill.texts import texts_by_role
 
 # Texts a batch and peak learning rate of the kinds that a recipe's own, a static table's, are not for: of tiny and pretrained
 # the best of three rates on dev sets, of layers what its tables ran with (recipes/README.md).

@@ -15,11 +15,12 @@ from distill import distributed, similarity
 from distill.embed.job import Job, tidy
 from distill.embed.places import default_store, lacks_codec, make_compressed, place, prepare
 from distill.embed.taking import import_vectors
-from distill.encoder import Encoder, Tokenized, distinct, require_encoder
+from distill.encoder import Encoder, Tokenized, require_encoder
 from distill.errors import NumericsError
 from distill.identity import computing, computing_tokens
 from distill.metrics import effective_rank
 from distill.store import GOOD, Store, text_keys
+from distill.texts import distinct
 
 __all__ = ["default_store", "embed", "embed_vocabulary", "import_vectors"]
 

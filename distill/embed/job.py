@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from distill import distributed, files
 from distill.ahead import ahead
-from distill.encoder import Encoder, Tokenized, eval_mode
+from distill.encoder import Encoder, Tokenized
 from distill.errors import ResourceError
-from distill.modules import Reading, Tokens, TransformerBackbone
+from distill.modules import Reading, Tokens, TransformerBackbone, eval_mode
 from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, packed
 from distill.store.shards import JOB, Shard
 

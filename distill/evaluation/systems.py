@@ -12,7 +12,7 @@ from torch import Tensor
 from distill import distributed
 from distill.data import Labelled, Pairs, Retrieval
 from distill.embed import embed
-from distill.encoder import Encoder, distinct, require_encoder
+from distill.encoder import Encoder, require_encoder
 from distill.errors import DataError, RecipeError
 from distill.evaluation.closeup import Closeup, closeup
 from distill.evaluation.fidelity import Reference, is_headline
@@ -22,6 +22,7 @@ from distill.evaluation.speed import speeds
 from distill.evaluation.tasks import centroid_accuracy, judged, mixed_index, retrieval, similarity_pairs
 from distill.joining import Several
 from distill.store import Store, text_keys
+from distill.texts import distinct
 
 Encode = Callable[..., Float[Tensor, "n d"]]
 

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.alignment import generalised_procrustes, nearest_rotation, principal_directions
-from distill.encoder import Encoder, Texts, texts_by_role
+from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.joining.stores import Joined, Sources, read_together, write_joined
 from distill.store import Store, text_keys
+from distill.texts import Texts, texts_by_role
 
 Method = Literal["procrustes", "concatenate", "gram"]
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from distill import distributed
 from distill.embed import embed
-from distill.encoder import Encoder, Texts, texts_by_role
+from distill.encoder import Encoder
 from distill.joining.methods import Method, join_stores, keys_by_role
 from distill.joining.stores import Joined, shares, side_by_side
 from distill.similarity import normalize
 from distill.store import Store, text_keys
+from distill.texts import Texts, texts_by_role
 
 
 @dataclass(frozen=True, eq=False)

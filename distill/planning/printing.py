@@ -16,13 +16,14 @@ from torch import nn
 from distill import distributed
 from distill.config import StudentConfig
 from distill.embed import default_store
-from distill.encoder import Encoder, Texts, texts_by_role
+from distill.encoder import Encoder
 from distill.evaluation import EvaluationData
 from distill.narrow import narrow_path
 from distill.planning import arithmetic
 from distill.planning.rehearsal import ByRole, Speeds, rehearse, some_of, stage
 from distill.store import Format, Store, text_keys
 from distill.store.shards import MANIFEST
+from distill.texts import Texts, texts_by_role
 from distill.training import TrainConfig, sampling
 
 Number = int | float  # bytes are whole

@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill import distributed
-from distill.encoder import Encoder, Texts, eval_mode, texts_by_role
+from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.heads import RIDGES
-from distill.modules import Tokens
+from distill.modules import Tokens, eval_mode
 from distill.similarity import normalize, pairwise_cosine, usable_rows
 from distill.students.blocks import layer_list, only_layers, transformer_of
+from distill.texts import Texts, texts_by_role
 
 REMEMBERED_BYTES = 2**30  # of hidden states; what does not fit is computed again
 

@@ -10,13 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill import distributed
-from distill.encoder import Encoder, Texts, eval_mode
+from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.modules import Dense, Normalize, TransformerBackbone
+from distill.modules import Dense, Normalize, TransformerBackbone, eval_mode
 from distill.students.blocks import layer_list, only_layers, transformer_of, with_layers, with_model
 from distill.students.choosing import choose_layers
 from distill.students.projection import last_linear
 from distill.students.summary import named
+from distill.texts import Texts
 
 
 def keep_layers(

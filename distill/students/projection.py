@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from distill import distributed
-from distill.encoder import Encoder, Texts, texts_by_role
+from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.heads import Projection
 from distill.modules import Dense, Normalize
 from distill.similarity import normalize, usable_rows
+from distill.texts import Texts, texts_by_role
 
 BATCH = 4096  # texts that are encoded, and whose vectors are read, together
 

@@ -11,12 +11,13 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.encoder import Encoder, Texts, eval_mode, texts_by_role
+from distill.encoder import Encoder
 from distill.errors import RecipeError
-from distill.modules import Tokens
+from distill.modules import Tokens, eval_mode
 from distill.similarity import normalize, usable_rows
 from distill.students.blocks import layer_list, rebuilt, transformer_of, with_model
 from distill.students.summary import named
+from distill.texts import Texts, texts_by_role
 
 PROBES = 4  # random directions in which the movement of a vector is measured
 _FEED_FORWARD = (  # what makes the neurons (how many stacked), and what reads them

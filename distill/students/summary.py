@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.encoder import Encoder, Texts, texts_by_role
+from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.modules import StaticTable
 from distill.quantized import stored, table_tensors
 from distill.similarity import pairwise_cosine, usable_rows
+from distill.texts import Texts, texts_by_role
 
 MEASURED_SECONDS = 0.5
 

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.encoder import Encoder, Texts, distinct, texts_by_role
+from distill.encoder import Encoder
 from distill.errors import DataError
 from distill.modules import Tokens
 from distill.store import FLAG_NAMES, GOOD, Store, text_keys
+from distill.texts import Texts, distinct, texts_by_role
 
 
 @dataclass(frozen=True, eq=False)
