@@ -361,6 +361,13 @@ def test_an_unknown_column_gets_a_suggestion(write) -> None:
     ]
 
 
+def test_a_column_of_what_has_none_is_refused(write) -> None:
+    lines = write("d.txt", "x\n")
+    refused(lines, "d.txt has no columns, and 'body' was asked for", column="body")
+    refused(["a text", "and another"], "list of texts has no columns", column="body")
+    assert load_texts(lines, column="text").texts == ["x"]
+
+
 # Data sets
 
 
