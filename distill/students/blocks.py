@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -95,8 +96,17 @@ def with_layers(model: Any, path: str, kept: Sequence[int], name: str) -> nn.Mod
 def rebuilt(model: Any, config: Any, state: Mapping[str, Tensor], *, way_out: str) -> nn.Module:
     """A model of the same class from `config` and `state`: what transformers makes again of its folder.
 
-    RecipeError if the class makes of `config` other weights than those in `state`. Cost: one copy of the weights.
+    RecipeError if the class makes of `config` other weights than those in `state`, or if transformers cannot read `config`
+    back: before 5.18 it could not where all layers left of a ModernBERT are of one kind. Cost: one copy of the weights.
     """
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception as error:  # each release of transformers checks configurations in its own way
+        told = " ".join(str(error).split())
+        raise RecipeError(
+            f"{type(model).__name__} could not be read again from its folder: transformers {version('transformers')} does "
+            f"not take the config that it writes ({type(error).__name__}: {told:.200}). Update transformers, or keep other layers."
+        ) from error
     with torch.random.fork_rng(devices=[]):  # the class draws weights that are replaced at once
         fresh: Any = type(model)(config)
     expected = fresh.state_dict()
