@@ -68,13 +68,13 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 
 
 def test_a_model_on_the_cpu_leaves_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = write(tmp_path, 1)  # a step of AdamW asks a torch that was built for CUDA
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("asked a GPU"))
-    write(tmp_path, 1)
-    file = tmp_path / "step-00000001" / "rng.safetensors"
-    assert load_file(file).keys() == {"0.cpu"}
-    checkpoint._restore_random({"0.cuda": torch.get_rng_state()}, parts()[0])  # of a run that was on one
+    checkpoint.save(tmp_path, 2, model, optimizer, {}, keep=1)
+    assert load_file(tmp_path / "step-00000002" / "rng.safetensors").keys() == {"0.cpu"}
+    checkpoint._restore_random({"0.cuda": torch.get_rng_state()}, model)  # of a run that was on one
 
 
 def test_only_the_newest_stay_and_what_killed_writers_left_goes(tmp_path: Path) -> None:
