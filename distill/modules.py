@@ -1,4 +1,4 @@
-"""The parts an encoder is made of: token batches without padding, backbones, pooling, and the layers behind it.
+"""The parts an encoder is made of: token batches without padding, backbones, pooling, the layers behind it; and eval mode.
 
 Axes: b texts · t tokens of all texts, end to end · l tokens of the longest text of a group · d width of a vector · v vocabulary.
 """

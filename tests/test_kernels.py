@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from test_losses import CASES, Case, columns, every_loss, gradient, inputs
 from test_streaming import HARD
 from torch import Tensor
@@ -37,16 +38,13 @@ def kernels() -> ModuleType:
     return importlib.import_module("distill.streaming.kernels")
 
 
-def release(package: str) -> tuple[int, ...]:
-    return tuple(map(int, metadata.version(package).split(".")[:2]))
-
-
 def test_the_kernels_are_right_by_the_interpreter() -> None:
     """The tests of this file in a process of their own: Triton must know before it is imported, and anything may import it."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if DEVICE == "cuda" or INTERPRETED:
         pytest.skip("the other tests say so themselves")
-    if release("triton") < (3, 7) and release("numpy") >= (2, 4):
+    triton, numpy = (Version(metadata.version(name)) for name in ("triton", "numpy"))
+    if triton < Version("3.7") and numpy >= Version("2.4"):
         pytest.skip("Triton's interpreter before 3.7 calls int() on arrays, which numpy 2.4 refuses")
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],

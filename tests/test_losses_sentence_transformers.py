@@ -13,6 +13,7 @@ import sentence_transformers
 import tiny
 import torch
 from datasets import Dataset, Features, List, Value
+from packaging.version import Version
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -143,7 +144,7 @@ def test_two_columns_with_one_label_or_a_label_each(tiny_bert: Path, tmp_path: P
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("form", [None, "torch"])
 def test_labels_as_datasets_gives_them(tiny_bert: Path, tmp_path: Path, dtype: str, form: str | None) -> None:
-    if form == "torch" and tuple(map(int, sentence_transformers.__version__.split(".")[:2])) < (6, 2):
+    if form == "torch" and Version(sentence_transformers.__version__) < Version("6.2"):
         pytest.skip("its collator takes no tensors as labels before 6.2")
     teacher = draw(len(TEXTS))
     columns = {"text": TEXTS, "label": teacher.numpy().astype(dtype).tolist()}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from packaging.version import Version
 from test_students import TEXTS, gap, is_the_same_model_when_saved, phrases
 from transformers import (
     AlbertConfig,
@@ -36,7 +37,7 @@ from distill.students import choosing
 from distill.students.blocks import only_layers
 
 LAYERS = 4
-OLD = tuple(map(int, version("transformers").split(".")[:2])) < (5, 18)
+OLD = Version(version("transformers")) < Version("5.18")
 
 
 def around(model: Any, tokenizer: Any) -> Encoder:

@@ -100,15 +100,14 @@ def load_texts(
     kept: list[str] = []
     seen: set[str] | None = set() if unique else None
     reports = []
-    lines_alone = column not in (None, "text")
+    named = column in (None, "text")
     for table in read_tables(source, revision=revision, token=token, wanted=column_names(column)):
-        lines_alone = lines_alone and table.unnamed
+        named = named or not table.unnamed
         reports.append(_collect(table, column, kept, seen, limit))
         if len(kept) == limit:
             break
-    else:
-        if lines_alone and reports:
-            raise DataError(f"{reports[0].source} has no columns, and {column!r} was asked for. Leave the column out.")
+    if not named and reports and len(kept) != limit:  # at the limit, sources that have columns may not have been opened
+        raise DataError(f"{reports[0].source} has no columns, and {column!r} was asked for. Leave the column out.")
     report = TextReport(sources=tuple(reports))
     if not kept:
         raise DataError(f"There is no text to use. {report}.")
