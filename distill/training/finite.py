@@ -1,5 +1,9 @@
 """Steps whose loss or gradient is not finite: all processes stop before the update, and say which rows are to blame."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -9,10 +13,18 @@ from distill.encoder import Encoder
 from distill.modules import Tokens
 
 
-def on_all_processes(loss: Float[Tensor, ""], norm: Float[Tensor, ""], device: torch.device) -> bool:
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars, of a device or not, as numbers. The host waits for the device once for all of them."""
+    scalars = {name: value.detach().reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
+    device = next((scalar.device for scalar in scalars.values()), None)
+    read = torch.stack([scalar.to(device) for scalar in scalars.values()]).tolist() if scalars else []
+    found = dict(zip(scalars, read, strict=True))
+    return {name: found[name] if name in found else float(value) for name, value in values.items()}
+
+
+def on_all_processes(loss: float, norm: float, device: torch.device) -> bool:
     """Whether loss and gradient norm are finite everywhere. Every process gets the same answer."""
-    finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-    return not distributed.any_process(not finite, device)
+    return not distributed.any_process(not (math.isfinite(loss) and math.isfinite(norm)), device)
 
 
 @torch.no_grad()

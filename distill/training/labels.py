@@ -165,14 +165,14 @@ class LabelTraining:
         logged = {"loss": value, "loss/labels": parts["labels"], "loss/teacher": parts["teacher"]}
         sums = _sum_over_processes(torch.stack([part.detach().float() for part in logged.values()]))
         self._exchange()
-        norm = self._clip()
-        if not finite.on_all_processes(sums[0], norm, self.encoder.device):
-            self._refuse(texts, rows, float(sums[0]), float(norm))
+        values = finite.numbers({**dict(zip(logged, sums, strict=True)), "grad_norm": self._clip()})
+        norm = values.pop("grad_norm")
+        if not finite.on_all_processes(values["loss"], norm, self.encoder.device):
+            self._refuse(texts, rows, values["loss"], norm)
         self.optimizer.step()
         self.steps += 1
         sigma = {} if self.head.sigma is None else {"sigma": float(self.head.sigma.detach())}
         rate = self.config.learning_rate * rate
-        values = dict(zip(logged, sums.tolist(), strict=True))
         return {"step": self.steps, **values, **sigma, "lr": rate, "texts": len(rows)}
 
     def _parts(self, texts: LabelledTexts, rows: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:

@@ -156,8 +156,10 @@ class _Loop:
         if self.rows:
             self.rows.exchange()
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_norm or math.inf)
-        if not finite.on_all_processes(value, norm, self.accelerator.device):
-            self._refuse(step, rows, float(value), float(norm))
+        terms = {f"loss/{name}": part for name, part in getattr(self.loss, "parts", dict)().items()}
+        numbers = finite.numbers({"loss": value, **terms, "grad_norm": norm})
+        if not finite.on_all_processes(numbers["loss"], numbers["grad_norm"], self.accelerator.device):
+            self._refuse(step, rows, numbers["loss"], numbers["grad_norm"])
         rate = self.rate(step + 0.5)
         optimizer.set_rate(self.adamw, rate)
         self.optimizer.step()
@@ -168,13 +170,10 @@ class _Loop:
             self.anchor.pull(self.config.learning_rate * self.config.table_rate * rate)
         if self.average:
             self.average.update(step)
-        parts = {f"loss/{name}": float(part) for name, part in getattr(self.loss, "parts", dict)().items()}
         return {
             "step": step + 1,
-            "loss": float(value),
-            **parts,
+            **numbers,
             "lr": self.config.learning_rate * rate,
-            "grad_norm": float(norm),
             "texts": len(rows),
             "order": files.digest(rows.tobytes())[:8],
             **self._padding(),

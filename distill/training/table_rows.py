@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from distill import distributed
+from distill.ahead import sent
 from distill.modules import StaticTable
 
 WINDOW = 1024  # steps after which every row is brought up to date: none has to make up for more
@@ -34,6 +35,8 @@ class TableRows:
     and W that of w_s / A_s: the same but for rounding where eps is nothing beside sqrt(v), or all; where they are of one size,
     within 2e-3 of the row's way after 120 steps, the first of which differ most in A. Cost: O(d) a row used, and one pass over
     the table every 1,024 steps.
+
+    Which rows a step uses and how long each has waited is known on the CPU: the host never waits for a device.
     """
 
     def __init__(self, module: StaticTable, group: Mapping[str, Any], average: Tensor | None = None):
@@ -41,15 +44,15 @@ class TableRows:
         self.peak, self.decay, self.eps = group["peak"], group["weight_decay"], group["eps"]
         self.betas: tuple[float, float] = group["betas"]
         self.moments: Float[Tensor, "2 v d"] = torch.zeros(2, *self.table.shape).to(self.table)
-        self.last: Int[Tensor, " v"] = torch.zeros(len(self.table), dtype=torch.int32, device=self.table.device)
+        self.last: Int[Tensor, " v"] = torch.zeros(len(self.table), dtype=torch.int32)
         self.waits = _Waits(self.betas, self.decay)
         module.table.requires_grad_(False)
 
     def lend(self, step: int, ids: Int[Tensor, " t"]) -> None:
         """Before step `step`, from 0: bring the rows of these tokens up to date, and have the module read them."""
-        self._used = ids.long().unique().to(self.table.device)
+        self._used = ids.long().unique()
         self._rows, self._moments, self._average = self._up_to_date(step, self._used)
-        self.module.lend(self._used, self._rows)
+        self.module.lend(self._here(self._used), self._rows)
 
     def exchange(self) -> None:
         """Mean over processes of the gradients: all have lent the same rows, those of the global batch."""
@@ -62,7 +65,7 @@ class TableRows:
     def update(self, step: int, share: float, averaging: float = 0.0) -> None:
         """AdamW's step at this share of the peak rate; then the average goes the share `averaging` of its way to the table."""
         rate, gradient = self.peak * share, self._gradient()
-        count = torch.tensor(float(step), device=self.table.device)  # adamw counts this one itself
+        count = torch.full((), float(step), device=self.table.device)  # adamw counts this one itself
         adamw(
             *([self._rows], [gradient], [self._moments[0]], [self._moments[1]], [], [count]),
             fused=True,
@@ -85,7 +88,7 @@ class TableRows:
     @torch.no_grad()
     def finish(self, step: int) -> None:
         """Bring every row up to date, as before step `step`."""
-        for rows in torch.arange(len(self.table), device=self.table.device).split(BLOCK):
+        for rows in torch.arange(len(self.table)).split(BLOCK):
             self._put(step, rows, *self._up_to_date(step, rows))
         self.waits.begin(step)
 
@@ -104,30 +107,35 @@ class TableRows:
         assert lent.grad is not None
         return lent.grad
 
+    def _here(self, tensor: Tensor) -> Tensor:
+        return sent(tensor, self.table.device)
+
     @torch.no_grad()
     def _up_to_date(self, step: int, rows: Int[Tensor, " u"]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Vectors, moments and averages of rows as they are before step `step`."""
-        table, moments, last = self.table[rows], self.moments.index_select(1, rows), self.last[rows].cpu()
+        last, here = self.last[rows], self._here(rows)
         missed = (step - last).double()
-        kept, coasted, averaged = (
-            [rearrange(part, "u -> u 1").to(self.table) for part in parts] for parts in self.waits.of(last, self.eps)
-        )
+        decayed = [beta**missed for beta in self.betas]
+        scalars = self._here(torch.stack([*self.waits.of(last, self.eps), *decayed]).to(self.table.dtype))
+        kept, average_kept, inside, root, rest, average_root, average_rest, *decays = rearrange(scalars, "n u -> n u 1")
+        table, moments = self.table[here], self.moments.index_select(1, here)
         roots = moments[1].sqrt()
         average = None
         if self.average is not None:
-            average = self.average[rows].mul_(kept[1]).addcmul_(table, kept[2])
-            average.addcdiv_(moments[0], torch.addcmul(averaged[1], roots, averaged[0]), value=-1)
-        table.mul_(kept[0]).addcdiv_(moments[0], torch.addcmul(coasted[1], roots, coasted[0]), value=-1)
-        for moment, beta in zip(moments, self.betas, strict=True):
-            moment.mul_(rearrange(beta**missed, "u -> u 1").to(moment))
+            average = self.average[here].mul_(average_kept).addcmul_(table, inside)
+            average.addcdiv_(moments[0], torch.addcmul(average_rest, roots, average_root), value=-1)
+        table.mul_(kept).addcdiv_(moments[0], torch.addcmul(rest, roots, root), value=-1)
+        for moment, decay in zip(moments, decays, strict=True):
+            moment.mul_(decay)
         return table, moments, average
 
     def _put(self, step: int, rows: Tensor, table: Tensor, moments: Tensor, average: Tensor | None) -> None:
-        self.table.index_copy_(0, rows, table)
-        self.moments.index_copy_(1, rows, moments)
+        here = self._here(rows)
+        self.table.index_copy_(0, here, table)
+        self.moments.index_copy_(1, here, moments)
         self.last[rows] = step
         if self.average is not None and average is not None:
-            self.average.index_copy_(0, rows, average)
+            self.average.index_copy_(0, here, average)
 
 
 class _Waits:
@@ -165,13 +173,11 @@ class _Waits:
             mean += averaging * (part - mean)
         self.sums[[0, 3], now] = 1.0
 
-    def of(
-        self, last: Int[Tensor, " u"], eps: float
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def of(self, last: Int[Tensor, " u"], eps: float) -> tuple[Float[Tensor, " u"], ...]:
         """Of rows by their step of last use: shares of row, average, and row in the average; 1 / W and eps / V of each of both."""
         left, by_root, by_eps, average, inside, average_root, average_eps = self.sums[:, last.long() - self.base]
         row, mean = (
             (1 / a.clamp(min=_LEAST), eps / b.clamp(min=_LEAST))
             for a, b in ((by_root, by_eps), (average_root, average_eps))
         )
-        return (left, average, inside), row, mean
+        return left, average, inside, *row, *mean
