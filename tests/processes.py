@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import simulated_cuda  # noqa: F401  before torch: a child has the device that its parent has
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -68,7 +71,7 @@ def start(function: Callable[..., Any], world: int, folder: Path, /, **arguments
     for rank in range(world):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         command = [sys.executable, *call, str(place / f"{rank}.json")]
-        processes.append(_popen(command, place / f"{rank}.out", environment if world > 1 else {}))
+        processes.append(_popen(command, place / f"{rank}.out", world, environment if world > 1 else {}))
     return Group(processes, place)
 
 
@@ -76,7 +79,7 @@ def launch(function: Callable[..., Any], world: int, folder: Path, /, **argument
     """The launcher alone, torchrun, whose processes join as distill has them join."""
     place, call = _call(function, folder, arguments)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    return Group([_popen([sys.executable, *torchrun, *call, str(place / "0.json")], place / "0.out", {})], place)
+    return Group([_popen([sys.executable, *torchrun, *call, str(place / "0.json")], place / "0.out", world, {})], place)
 
 
 def _call(function: Callable[..., Any], folder: Path, arguments: dict[str, Any]) -> tuple[Path, list[str]]:
@@ -86,8 +89,10 @@ def _call(function: Callable[..., Any], folder: Path, arguments: dict[str, Any])
     return place, [str(Path(__file__)), str(module), function.__name__, json.dumps(arguments, default=str)]
 
 
-def _popen(command: list[str], output: Path, environment: dict[str, int]) -> subprocess.Popen[bytes]:
+def _popen(command: list[str], output: Path, world: int, environment: dict[str, int]) -> subprocess.Popen[bytes]:
     fixed = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    if 0 < torch.cuda.device_count() < world:
+        fixed["ACCELERATE_USE_CPU"] = "true"  # they would have to share a device
     given = {name: str(value) for name, value in environment.items()}
     with output.open("wb") as out:
         return subprocess.Popen(command, env={**os.environ, **fixed, **given}, stdout=out, stderr=out)
@@ -106,7 +111,6 @@ def run(
 def _main(module: str, name: str, arguments: str, result: str) -> int:
     importlib.import_module("conftest")  # shapes are checked here too
     sys.path.append(str(Path(module).parent))
-    import torch
     import torch.distributed as dist
 
     from distill import distributed

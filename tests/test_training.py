@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -1025,3 +1026,31 @@ def test_two_processes_see_one_bank_and_one_batch(two: tuple[Path, list]) -> Non
     assert first["bank"] == second["bank"]
     assert first["keys"] == second["keys"]
     assert all(len(keys) == 8 for keys in first["keys"])
+
+
+# What follows needs a GPU: pytest -m gpu.
+
+WAITING: dict[str, dict[str, Any]] = {
+    "static": {"kind": "static", "bank_size": 16},
+    "rows of a static table": {"kind": "static", "bank_size": 16, "table_update": "rows", "ema_decay": 0.9},
+    "layers without padding": {"loss": "sum", "bank_size": 16, "mixed_precision": "bf16"},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", WAITING)
+def test_the_host_waits_for_the_device_once_a_step(kind: str, model: str, store: Path, tmp_path: Path) -> None:
+    def waits(steps: int) -> int:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                options = {**WAITING[kind], "steps": steps, "save_every": 100}
+                runs.small_run(model, tmp_path / str(steps), store=store, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)
+
+    waits(5)  # what is tried once
+    few, many = waits(5), waits(15)
+    assert many - few == 10

@@ -347,7 +347,9 @@ def test_vectors_and_gradients_on_a_gpu_in_bf16_are_those_with_padding(
     there = torch.tensor(LENGTHS) > 0
     assert 1 - torch.nn.functional.cosine_similarity(found[0][there], padded[0][there]).min() < 1e-3
     whole = torch.stack([gradient.norm() for gradient in exact[1].values()]).norm()
-    for name, gradient in exact[1].items():  # some are 0, as a key's bias has; what 16 bits round does not shrink with them
+    for name, gradient in exact[
+        1
+    ].items():  # some are 0, as a key's bias has; what 16 bits round does not shrink with them
         error, usual = ((one[1][name] - gradient).norm() for one in (found, padded))
         assert error <= 3 * usual + 1e-2 * gradient.norm() + 1e-3 * whole, name
 

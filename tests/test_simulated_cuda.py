@@ -1,0 +1,89 @@
+"""What needs a GPU, without one: the tests marked gpu, and those of training and embedding, on a simulated device."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import simulated_cuda
+import torch
+from packaging.version import Version
+
+TESTS = Path(__file__).parent
+HEADERS = (2, 13)  # of the torch that simulated_cuda.cpp is written against
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    if torch.version.cuda or torch.version.hip:
+        pytest.skip("this torch was built for real devices")
+    if Version(torch.__version__).release[:2] != HEADERS or sys.platform != "linux" or not shutil.which("g++"):
+        pytest.skip(f"needs Linux, g++ and torch {'.'.join(map(str, HEADERS))}")
+    library = simulated_cuda.build(tmp_path_factory.mktemp("simulated"))
+    return {
+        **os.environ,
+        "SIMULATED_CUDA": str(library),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+    }
+
+
+def run(environment: dict[str, str], *command: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=800
+    )
+    assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-5_000:]
+    return ran.stdout
+
+
+MAIN_JOB = ("embed", "encoder", "gradient_cache", "heads", "labels", "mining", "table_rows", "training", "unpadded")
+ON_CPUS = "two_processes or two_independent_processes or killed_build or killed_compressed_build or launcher"
+
+
+def test_what_needs_a_gpu_passes(environment: dict[str, str]) -> None:
+    assert " passed" in run_tests(environment, "-m", "gpu", str(TESTS))
+
+
+def test_the_main_job_passes(environment: dict[str, str]) -> None:
+    files = [str(TESTS / f"test_{name}.py") for name in MAIN_JOB]
+    assert " passed" in run_tests(environment, "-m", "not gpu and not slow", "-k", f"not ({ON_CPUS})", *files)
+
+
+def run_tests(environment: dict[str, str], *options: str) -> str:
+    return run(environment, "-m", "pytest", "-p", "simulated_cuda", "-p", "no:cacheprovider", "-n", "0", "-q", *options)
+
+
+def test_the_device_is_as_strict_as_a_real_one(environment: dict[str, str]) -> None:
+    run(
+        environment,
+        "-c",
+        """
+import simulated_cuda
+import torch
+from distill import distributed
+
+assert distributed.device().type == "cuda"
+there, here = torch.ones(3, device="cuda"), torch.ones(3)
+assert there.is_cuda and (there + there).is_cuda and there[1:].is_cuda and torch.equal((there + 1).cpu(), here + 1)
+for mixed in (lambda: there + here, lambda: torch.cat([there, here]), lambda: there @ here, lambda: torch.equal(there, here)):
+    try:
+        mixed()
+    except RuntimeError as error:
+        assert "same device" in str(error), error
+    else:
+        raise AssertionError("a tensor of the CPU and one of the device were mixed")
+assert (2 * there + torch.tensor(1.0)).is_cuda  # numbers of the CPU may be
+assert here.pin_memory().is_pinned() and not here.is_pinned()
+assert not torch.equal(torch.empty(3, device="cuda").cpu(), torch.zeros(3))
+torch.cuda.set_sync_debug_mode("error")
+for waits in (there.cpu, there.sum().item, there.nonzero, lambda: there[there > 0], lambda: here.to("cuda"), lambda: bool(there[0])):
+    try:
+        waits()
+    except RuntimeError as error:
+        assert "synchronizing" in str(error), error
+    else:
+        raise AssertionError("the host waited unseen")
+here.to("cuda", non_blocking=True), there.sum(), there.sort(), there.clone().fill_(1.0), torch.full((), 2.0, device="cuda")
+""",
+    )
