@@ -221,6 +221,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     return at::native::as_strided_tensorimpl(x, size, stride);
   });
   m.impl("set_.source_Storage_storage_offset", &at::native::set_storage_cpu_);
+  m.impl("set_.source_Storage", [](Tensor& x, at::Storage source) -> Tensor& {
+    const auto size = static_cast<int64_t>(source.nbytes() / x.itemsize());
+    return at::native::set_storage_cpu_(x, std::move(source), 0, {size}, {});
+  });
 }
 
 extern "C" {

@@ -61,6 +61,8 @@ def install(library: Path) -> None:
         "mem_get_info": (8 << 30, 8 << 30),
         "memory_allocated": 1 << 20,
         "max_memory_allocated": 1 << 20,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
         "_is_in_bad_fork": False,
     }
     done = ("_lazy_init", "set_device", "synchronize", "empty_cache", "ipc_collect", "reset_peak_memory_stats")
