@@ -79,8 +79,8 @@ class Recipe:
     """Texts an update of a static student."""
     learning_rate: float = 3e-4
     """Learning rate of all trainers."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Of all trainers; the teacher's is --teacher.compute-dtype."""
+    mixed_precision: Literal["no", "bf16", "both"] = "no"
+    """Of all trainers. both: without it, and distill once more in bf16 (part step). The teacher's is --teacher.compute-dtype."""
     rows: int = 262144
     """Stored vectors that are read from."""
     read_rows: int = 4352
@@ -110,7 +110,7 @@ class Recipe:
             steps=steps,
             batch_size=batch_size,
             learning_rate=self.learning_rate,
-            mixed_precision=self.mixed_precision,
+            mixed_precision="bf16" if self.mixed_precision == "bf16" else "no",
         )
 
     def quickly(self) -> "Recipe":
@@ -223,7 +223,9 @@ def steps(given: Given, part: Part, kind: StudentConfig, config: TrainConfig) ->
         warm_up=min(WARM_UP, (config.steps or 1) // 4),
         output=given.folder / f"{part}-runs",
     )
-    arms = stepping.STATIC if part == "static" else stepping.TRANSFORMER
+    arms = dict(stepping.STATIC if part == "static" else stepping.TRANSFORMER)
+    if given.recipe.mixed_precision != "both":
+        arms.pop(stepping.IN_BF16, None)
     runs = measuring.turns({arm: partial(arms[arm], job) for arm in given.installed(list(arms))}, given.recipe.repeats)
     milliseconds = {arm: [1e3 * run.seconds for run in some] for arm, some in runs.items()}
     return measured(part, size, milliseconds, {arm: distance(some[-1].student, job) for arm, some in runs.items()})

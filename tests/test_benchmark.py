@@ -194,7 +194,7 @@ def test_a_trainer_with_our_batches_learns_what_we_learn(tiny_bert: Path, tmp_pa
         output=tmp_path / "runs",
     )
     cosines = {"start": pairwise_cosine(start.encode(examples.texts), job.vectors(np.arange(48))).mean()}
-    for arm in (stepping.ours, stepping.trainer_alike):
+    for arm in (stepping.ours, stepping.in_bf16, stepping.trainer_alike):
         ran = arm(job)
         assert ran.seconds > 0
         assert ran.student is not None
@@ -202,6 +202,8 @@ def test_a_trainer_with_our_batches_learns_what_we_learn(tiny_bert: Path, tmp_pa
     gained = {name: float(cosine - cosines["start"]) for name, cosine in cosines.items()}
     assert gained["ours"] > 0.02
     assert gained["trainer_alike"] == pytest.approx(gained["ours"], rel=0.15)
+    assert gained["in_bf16"] == pytest.approx(gained["ours"], rel=0.02)
+    assert gained["in_bf16"] != gained["ours"]
 
 
 # Measuring

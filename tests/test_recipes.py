@@ -94,7 +94,7 @@ SMALL["compare_peers"] = {
     "--train.bank-size 24 --student.width 8 --evaluation.sts {sts} "
     "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels}"
 }
-SMALL["bench_pipeline"] = {"all": "--quick --data {texts} --teacher.name {bert}"}
+SMALL["bench_pipeline"] = {"all": "--quick --mixed-precision both --data {texts} --teacher.name {bert}"}
 SMALL["ablate"] = {
     "all": TEXTS + " --train.bank-size 24 --student.width 8 --seeds 0 1 --evaluation.sts {sts} "
     "--evaluation.corpus {documents} --evaluation.queries {queries} --evaluation.qrels {qrels} "
@@ -756,7 +756,7 @@ def test_bench_pipeline_shows_what_it_measured(session: Session) -> None:
         part: [row["arm"] for row in report["rows"] if row["part"] == part] for part in ("teacher", "step", "static")
     }
     assert arms["teacher"] == ["distill", "distill, into a new store", "sentence-transformers"]
-    assert arms["step"][:2] == ["distill", "sentence-transformers"]
+    assert arms["step"][:3] == ["distill", "distill, --train.mixed-precision bf16", "sentence-transformers"]
     assert arms["static"][1:3] == ["distill", "sentence-transformers"]
     for row in report["rows"]:
         assert len(row["seconds"]) == len(row["times"]) == 2

@@ -94,6 +94,10 @@ def by_rows(job: Job) -> Stepped:
     return ours(job, table_update="rows")
 
 
+def in_bf16(job: Job) -> Stepped:
+    return ours(job, mixed_precision="bf16")
+
+
 # sentence-transformers
 
 
@@ -199,8 +203,10 @@ def _a_step(times: list[float], warm_up: int) -> float:
     return (times[-1] - times[warm_up]) / (len(times) - 1 - warm_up)
 
 
+IN_BF16 = "distill, --train.mixed-precision bf16"
 TRANSFORMER: dict[str, Callable[[Job], Stepped]] = {
     "distill": ours,
+    IN_BF16: in_bf16,
     "sentence-transformers": trainer,
     "sentence-transformers, the same batches, no dropout, frozen table": trainer_alike,
 }
