@@ -22,7 +22,7 @@ from distill.metrics import Interval
 OF_A_RUN = (STUDENT, STUDENT + INDEX, START, START + INDEX, "teacher")  # rows of a training run's table
 IN_AN_INDEX = ("ndcg@10", "recall@10")
 FORM = re.compile(
-    r"(?:(?P<system>.+):\s*)?(?:(?P<kept>kept)\s+)?(?P<metric>\S.*?)(?:\s+(?P<end>low|high))?"
+    r"(?P<name>\S.*?)(?:\s+(?P<end>low|high))?"
     r"\s*(?P<operator>>=|<=|>|<)\s*(?P<bound>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)",
     re.IGNORECASE,
 )
@@ -106,18 +106,37 @@ def _read(text: str, tasks: Sequence[str], systems: Sequence[str]) -> Gate:
             f'--gate is a score, >= or <= and a number, as "overlap@10 >= 0.6", "overlap@10 low >= 0.55", '
             f'"kept ndcg@10 >= 0.9" or "SYSTEM: ndcg@10 >= 0.5"; got {text!r}.'
         )
-    system = _system(found["system"], systems)
-    tiers = _metrics(system, tasks) if not found["kept"] else [_in(system, tasks)]
+    named, short = _parted(found["name"], tasks, systems)
+    system = _system(named, systems)
+    kept, short = _without_kept(short)
+    tiers = _metrics(system, tasks) if not kept else [_in(system, tasks)]
     end = found["end"] and found["end"].lower()
     return Gate(
         text=text.strip(),
         system=system,
-        metric=_metric(found["metric"], tiers, text),
+        metric=_metric(short, tiers, text),
         operator=found["operator"],
         bound=float(found["bound"]),
-        kept=bool(found["kept"]),
+        kept=kept,
         end=end,
     )
+
+
+def _parted(name: str, tasks: Sequence[str], systems: Sequence[str]) -> tuple[str | None, str]:
+    """The system, if one is named, and the score. A colon may also stand in the name of a score, as of a Hub data set's split."""
+    parts = [(name[:place].strip(), name[place + 1 :].strip()) for place, letter in enumerate(name) if letter == ":"]
+    known = [part for part in parts if _plain(part[0]) in _known(systems)]
+    words = _without_kept(name)[1].casefold().split()
+    if known or not parts:
+        return known[-1] if known else (None, name)
+    is_a_score = any(all(_has(task.casefold(), word) for word in words) for task in tasks)
+    return (None, name) if is_a_score else parts[-1]
+
+
+def _without_kept(name: str) -> tuple[bool, str]:
+    found = re.fullmatch(r"(kept\s+)?(.*)", name, re.IGNORECASE)
+    assert found is not None
+    return bool(found[1]), found[2]
 
 
 def _metrics(system: str, tasks: Sequence[str]) -> list[Sequence[str]]:
@@ -136,12 +155,21 @@ def _system(name: str | None, systems: Sequence[str]) -> str:
     """A row by its name; "student" is the first row's system, whatever it is called."""
     if name is None:
         return systems[0]
-    known = {one.casefold(): one for one in systems}
-    known |= {STUDENT + one.removeprefix(systems[0]).casefold(): one for one in systems if one.startswith(systems[0])}
-    wanted = " ".join(name.replace("→", "->").replace("’", "'").split()).casefold()
+    known, wanted = _known(systems), _plain(name)
     if wanted not in known:
         raise RecipeError(f"--gate knows no system {name!r}.{_nearest(wanted, systems)}")
     return known[wanted]
+
+
+def _known(systems: Sequence[str]) -> dict[str, str]:
+    known = {one.casefold(): one for one in systems}
+    return known | {
+        STUDENT + one.removeprefix(systems[0]).casefold(): one for one in systems if one.startswith(systems[0])
+    }
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("→", "->").replace("’", "'").split()).casefold()
 
 
 def _metric(short: str, tiers: Sequence[Sequence[str]], text: str) -> str:

@@ -18,6 +18,8 @@ def save_head(head: CosineLinear, path: str | Path, *, names: Sequence[str]) -> 
     It takes the place of an earlier one. RecipeError if `path` holds something else.
     """
     refuse_other_files(Path(path), "head")
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names are a list of str, got {names!r:.100}.")
     if len(names) != head.out_features:
         raise ValueError(f"save_head needs a name for each of {head.out_features} classes, got {len(names)}.")
     config = {
@@ -30,7 +32,8 @@ def save_head(head: CosineLinear, path: str | Path, *, names: Sequence[str]) -> 
         "names": list(names),
     }
     with files.published_folder(Path(path)) as temporary:
-        save_file({name: value.cpu() for name, value in head.state_dict().items()}, temporary / "model.safetensors")
+        weights = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors")
         files.write_json(temporary / "config.json", config)
 
 

@@ -79,6 +79,20 @@ def test_what_there_will_not_be_is_refused_with_what_is_near(text: str, message:
         read_gates([text], TASKS)
 
 
+@pytest.mark.parametrize(
+    ("text", "system", "metric"),
+    [
+        ("stsb:dev spearman >= 0.8", STUDENT, "stsb:dev spearman"),
+        ("kept stsb:dev >= 0.8", STUDENT, "stsb:dev spearman"),
+        ("untrained start: stsb:dev spearman >= 0.8", "untrained start", "stsb:dev spearman"),
+        ("student -> teacher's index: kept docs:en:test ndcg@10 >= 0.8", STUDENT + INDEX, "docs:en:test ndcg@10"),
+    ],
+)
+def test_a_score_may_have_a_colon_in_its_name(text: str, system: str, metric: str) -> None:
+    [gate] = read_gates([text], ["stsb:dev spearman", "docs:en:test ndcg@10"])
+    assert (gate.system, gate.metric, gate.kept) == (system, metric, "kept" in text)
+
+
 def test_without_labelled_data_only_fidelity_can_be_asked() -> None:
     assert read_gates(["overlap@10 >= 0.6"], [])
     with pytest.raises(RecipeError, match="There are no labelled data to score on"):

@@ -44,8 +44,19 @@ def test_a_head_takes_the_place_of_an_older_one_and_needs_a_name_for_each_class(
     save_head(CosineLinear(8, 3), tmp_path / "head", names=NAMES)
     with pytest.raises(ValueError, match="each of 3 classes, got 2"):
         save_head(CosineLinear(8, 3), tmp_path / "head", names=NAMES[:2])
+    turned = CosineLinear(8, 3)
+    turned.weight = torch.nn.Parameter(torch.randn(8, 3).T)
+    save_head(turned, tmp_path / "head", names=NAMES)
     assert load_head(tmp_path / "head")[1] == NAMES
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("names", ["abc", [0, 1, 2]])
+def test_names_that_could_not_be_read_again_are_not_written(tmp_path: Path, names: Any) -> None:
+    with pytest.raises(TypeError, match="names are a list of str"):
+        save_head(CosineLinear(8, 3), tmp_path / "head", names=names)
+    assert not (tmp_path / "head").exists()
 
 
 def test_a_head_and_a_model_do_not_take_each_others_place(tiny_bert: Path, tmp_path: Path) -> None:

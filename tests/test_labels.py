@@ -42,6 +42,12 @@ def labelled(encoder: Encoder, labels: torch.Tensor = LABELS, *, pulled: bool = 
     return LabelledTexts(encoder.tokenize(TEXTS).tokens, labels, encoder.encode(TEXTS) if pulled else None)
 
 
+def test_a_proxy_is_no_class(encoder: Encoder) -> None:
+    one = LabelTraining(encoder, CosineLinear(encoder.width, 2, nb_proxy=3), LabelConfig(distillation=0.0))
+    with pytest.raises(ValueError, match="predict takes one column for each class"):
+        one.predict(torch.randn(4, encoder.width))
+
+
 def test_labels_are_learned_and_the_pull_keeps_the_vectors(encoder: Encoder) -> None:
     moved = {}
     for weight in (0.0, 100.0):

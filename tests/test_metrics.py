@@ -102,6 +102,7 @@ def test_ndcg_of_the_ideal_order_is_one_and_indices_may_be_a_tensor() -> None:
     qrels = [{7: 1.0, 3: 2.0, 9: -1.0}]
     assert ndcg_at_k(torch.tensor([[3, 7, 9]]), qrels, 10).mean() == pytest.approx(1)
     assert ndcg_at_k(torch.tensor([[9, 7, 3]]), qrels, 10).mean() < 0.8
+    assert ndcg_at_k([torch.tensor([3, 7, 9])], qrels, 10).mean() == pytest.approx(1)  # batch by batch
     assert ndcg_at_k(torch.tensor([[3]]), qrels, 1).mean() == pytest.approx(1)
 
 

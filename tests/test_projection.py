@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -98,4 +99,13 @@ def test_a_failure_on_the_way_leaves_the_student_as_it_was(teacher: Encoder) -> 
         students.fit_projection(student, runs.texts(20), broken)
     with pytest.raises(RecipeError, match="got 19 for 20 texts"):
         students.fit_projection(student, runs.texts(20), teacher.encode(runs.texts(19)))
+    for width in (1, 31):
+        with pytest.raises(RecipeError, match=rf"ends in width 32 and the teacher's vectors have {width}\. .*lead_to"):
+            students.fit_projection(student, runs.texts(20), torch.ones(20, width))
     assert student.fingerprint() == before
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_array_is_no_tensor(teacher: Encoder) -> None:
+    with pytest.raises(TypeError, match="a tensor or a function, got ndarray"):
+        students.fit_projection(students.static(teacher, width=8), ["a"], np.ones((1, 32)))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill import files
-from distill.errors import DistillError, IntegrityError, RecipeError, ResourceError
-from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, shards, sharing, text_keys, vectors, verify
+from distill.errors import DataError, DistillError, IntegrityError, RecipeError, ResourceError
+from distill.store import (
+    GOOD,
+    NO_TOKENS,
+    NOT_FINITE,
+    ZERO,
+    Rows,
+    Store,
+    shards,
+    sharing,
+    text_keys,
+    vectors,
+    verify,
+    write_store,
+)
 from distill.store.__main__ import main
 
 FINGERPRINT: dict[str, Any] = {"weights": "ab" * 32, "max_length": 64, "modules": "Bert > mean"}
@@ -50,6 +64,40 @@ def two(tmp_path: Path) -> Store:
 # What is written comes back
 
 
+def test_rows_that_float16_cannot_keep_are_not_good(tmp_path: Path) -> None:
+    vectors = np.array([[1e5, 1, 1, 1], [1e-9, 0, 0, 0], [np.nan, 1, 1, 1], [1, 2, 3, 4], [1, 2, 3, 4]])
+    given = Rows(vectors, text_keys(list("abcde")), np.zeros(5, int), np.array([0, 0, 0, 0, 3]))
+    made = write_store(tmp_path / "new", FINGERPRINT, WIDTH, [given], rows=5)
+    assert made.flags.tolist() == [NOT_FINITE, ZERO, NOT_FINITE, GOOD, NO_TOKENS]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vectors": np.ones((3, WIDTH))}, r"keys \(2, 2\), not \(3, 2\); token_counts .* flags \(2,\)"),
+        ({"vectors": np.ones((2, 7))}, r"width 4 have vectors \(2, 7\), not \(2, 4\)"),
+        ({"keys": np.zeros((2, 2), np.int64)}, "keys of int64, not those of text_keys"),
+        ({"flags": np.array([0])}, r"flags \(1,\), not \(2,\)"),
+    ],
+)
+def test_rows_whose_parts_do_not_fit_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        write_store(tmp_path / "new", FINGERPRINT, WIDTH, [replace(rows(["a", "b"]), **change)], rows=2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_store_takes_the_place_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RecipeError, match="is there already"):
+        write_store(tmp_path / "file", FINGERPRINT, WIDTH, [rows(["a"])], rows=1)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_one_text_is_no_list_of_its_letters() -> None:
+    with pytest.raises(DataError, match="Put it in a list"):
+        text_keys("abc")
+
+
 def test_round_trip_to_fp16(tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
     texts = [f"text {i}" for i in range(50)]
@@ -74,6 +122,13 @@ def test_rows_are_found_and_taken_in_any_order_and_more_than_once(two: Store) ->
             two.take(np.array(wrong))
     with pytest.raises(IntegrityError, match=r"no vector for 2 of 3 texts, the first is row 1: 'x'"):
         two.vectors(["a", "x", "y"])
+
+
+@pytest.mark.parametrize("numbers", [np.array([True, False, True, False, False, False]), np.array([0.0, 1.9])])
+def test_what_is_no_number_of_a_row_is_refused(two: Store, numbers: np.ndarray) -> None:
+    with pytest.raises(TypeError, match=r"integers, got (bool|float64); numpy\.flatnonzero"):
+        two.take(numbers)
+    assert two.take(np.array([])).shape == (0, WIDTH)
 
 
 def test_an_empty_store_finds_nothing(tmp_path: Path) -> None:

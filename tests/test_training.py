@@ -405,6 +405,10 @@ def test_a_text_is_no_negative_of_itself(model: str, store: Path, tmp_path: Path
         ({"hard_stage": 0.1}, "hard_stage fills the bank with neighbours: give bank_size"),
         ({"hard_neighbours": 0}, "hard_neighbours is above 0"),
         ({"hard_margin": 1.5}, "hard_margin is above 0, up to 1"),
+        ({"table_update": "row"}, "table_update is 'dense' or 'rows', got 'row'"),
+        ({"schedule": "cosin"}, "schedule is 'cosine' or 'linear' or 'constant', got 'cosin'"),
+        ({"mixed_precision": "fp16"}, "mixed_precision is 'no' or 'bf16'"),
+        ({"trackers": "wandb"}, "trackers are names in a tuple, got 'wandb'"),
     ],
     ids=str,
 )
@@ -551,6 +555,17 @@ def test_a_finished_run_resumed_is_that_run(model: str, store: Path, uninterrupt
     run = runs.small_run(model, tmp_path / "run", store=store, bank_size=16, resume=True, **LONG)
     assert run.final_loss == curve(uninterrupted)[-1]
     assert_same_state(tmp_path / "run", uninterrupted)
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(model: str, store: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"store": store, "steps": 10, "save_every": 5}
+    whole = runs.small_run(model, tmp_path / "run", **options)
+    cut_behind(tmp_path / "run", tmp_path / "cut", 5)
+    state = json.loads((tmp_path / "cut/checkpoints/step-00000005/state.json").read_text())
+    assert 0 < state["spent"]["seconds"] < whole.seconds
+    again = runs.small_run(model, tmp_path / "cut", **options, resume=True)
+    assert again.seconds > state["spent"]["seconds"]
+    assert again.texts_per_second * again.seconds == pytest.approx(whole.texts_per_second * whole.seconds) == 80
 
 
 def test_resume_without_a_checkpoint_begins(model: str, store: Path, tmp_path: Path) -> None:

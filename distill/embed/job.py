@@ -22,7 +22,8 @@ from distill.ahead import ahead
 from distill.encoder import Encoder, Tokenized
 from distill.errors import ResourceError
 from distill.modules import Reading, Tokens, TransformerBackbone, eval_mode
-from distill.store import GOOD, NO_TOKENS, NOT_FINITE, ZERO, Rows, Store, packed
+from distill.store import Rows, Store, packed
+from distill.store.rows import flags_of
 from distill.store.shards import JOB, Shard
 
 # Texts that are sorted by length together; batches are cut from it. 34,748 texts of 14 tokens have 13.3 % padding in batches
@@ -224,15 +225,6 @@ def _clear(path: Path) -> None:
 
 def not_writable(path: Path, error: OSError) -> ResourceError:
     return ResourceError(f"{path} cannot be written: {error.strerror}. Name another folder with --store.")
-
-
-def flags_of(vectors: np.ndarray, empty: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", over="ignore"):
-        stored = vectors.astype(np.float16)
-    flags = np.where(empty, NO_TOKENS, GOOD).astype(np.uint8)
-    flags[~stored.any(axis=1)] = ZERO
-    flags[~np.isfinite(stored).all(axis=1)] = NOT_FINITE
-    return flags
 
 
 def _joined(rows: list[Rows]) -> Rows:

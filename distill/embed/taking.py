@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from distill.data import load_texts
-from distill.embed.job import flags_of
 from distill.embed.places import prepare
 from distill.encoder import Encoder, require_encoder
 from distill.errors import DataError, IntegrityError, RecipeError, reported
 from distill.identity import computing
 from distill.similarity import pairwise_cosine, usable_rows
 from distill.store import FLAG_NAMES, Rows, Store, text_keys
+from distill.store.rows import flags_of
 from distill.store.shards import SHARD_ROWS, Shard
 
 MAGIC = b"\x93NUMPY"  # what a .npy file begins with

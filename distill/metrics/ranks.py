@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Ranked = Int[Tensor, "q k"] | Sequence[Sequence[Hashable]]
+Ranked = Int[Tensor, "q k"] | Sequence[Sequence[Hashable] | Int[Tensor, " k"]]
 Relevance = Sequence[Mapping[Any, float]]
 
 
@@ -85,7 +85,7 @@ def _score_queries(
     ranked: Ranked, qrels: Relevance, k: int, score: Callable[[list[float], list[float]], float]
 ) -> QueryScores:
     """`score(grades of the first k documents, grades of all relevant ones from the highest)` of every query."""
-    rows = ranked.tolist() if isinstance(ranked, Tensor) else ranked
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in ranked]  # a tensor is no key of qrels
     if len(rows) != len(qrels) or k < 1:
         raise ValueError(f"Ranks need one qrels mapping a query and k >= 1, got {len(rows)}, {len(qrels)} and {k=}.")
     values = []

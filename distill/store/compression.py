@@ -113,7 +113,8 @@ class Codec:
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """Vectors (n, e) to columns (n, k). A row that is not finite becomes zeros: its flag says what it was."""
         if not self.format.compressed:
-            return np.ascontiguousarray(vectors, dtype=np.float16)
+            with np.errstate(over="ignore"):
+                return np.ascontiguousarray(vectors, dtype=np.float16)
         out = np.empty((len(vectors), self.columns), self.format.dtype)
         for start in range(0, len(vectors), BLOCK):
             out[start : start + BLOCK] = self._encode(finite_rows(vectors[start : start + BLOCK]))

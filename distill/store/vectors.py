@@ -125,7 +125,12 @@ class Store:
 
     def take_stored(self, rows: np.ndarray) -> Float[Tensor, "n e"]:
         """The same on the CPU, as float16 where that is how they are stored; rows of a compressed store are float32."""
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = np.asarray(rows)
+        if len(rows) and not np.issubdtype(rows.dtype, np.integer):
+            raise TypeError(
+                f"rows are their numbers, integers, got {rows.dtype}; numpy.flatnonzero makes them of a mask."
+            )
+        rows = rows.astype(np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(
                 f"rows are 0..{len(self) - 1}, got {rows.min()}..{rows.max()}; -1 stands for a text that is not stored"

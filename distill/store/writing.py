@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from distill import files
-from distill.errors import RecipeError
+from distill.errors import DataError, RecipeError
 from distill.store.compression import Codec, Format
-from distill.store.rows import Rows
+from distill.store.rows import GOOD, Rows, flags_of
 from distill.store.vectors import Store
 
 
@@ -24,19 +25,33 @@ def write_store(
 ) -> Store:
     """A new store of `rows` rows, which come in blocks. It appears whole or not at all.
 
-    What a killed call left beside `path` is removed by the next. RecipeError if something is there.
+    A row that is GOOD and as float16 zero, or not finite, is flagged as that. What a killed call left beside `path` is removed
+    by the next. RecipeError if something is there, DataError for blocks whose parts do not fit together.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / f".{path.name}-lock"):
         files.recover(path)
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RecipeError(f"{path} is there already. Name a new folder, or delete it.")
         with files.published_folder(path) as temporary:
             made = Store(temporary, fingerprint, width, [], codec)
             made.require_space(rows)
-            made.publish([record for block in blocks for record in made.append(block)])
+            made.publish([record for block in blocks for record in made.append(_checked(block, width))])
     return Store.open(path)
+
+
+def _checked(rows: Rows, width: int) -> Rows:
+    parts = {name: np.asarray(part) for name, part in vars(rows).items()}
+    count = len(parts["vectors"])
+    wanted = {"vectors": (count, width), "keys": (count, 2), "token_counts": (count,), "flags": (count,)}
+    wrong = [f"{name} {parts[name].shape}, not {shape}" for name, shape in wanted.items() if parts[name].shape != shape]
+    if parts["keys"].dtype != np.uint64:
+        wrong.append(f"keys of {parts['keys'].dtype}, not those of text_keys, uint64")
+    if wrong:
+        raise DataError(f"rows of a store of width {width} have {'; '.join(wrong)}.")
+    found = flags_of(parts["vectors"], np.zeros(count, bool))
+    return Rows(**{**parts, "flags": np.where(parts["flags"] == GOOD, found, parts["flags"])})
 
 
 def compress(path: str | Path, new: str | Path, form: str) -> Store:

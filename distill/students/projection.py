@@ -36,6 +36,8 @@ def fit_projection(
     `lambda some, role: store.vectors(some, prompt=teacher.prompt(role))`. Cost: one pass of the student; memory for
     4,096 rows, at most as many held-out ones, and O(d^2 + d * e), however many texts there are.
     """
+    if not isinstance(vectors, Tensor) and not callable(vectors):
+        raise TypeError(f"fit_projection takes vectors as a tensor or a function, got {type(vectors).__name__}.")
     last, head = last_linear(student), student.head
     place = next(number for number, layer in enumerate(head) if getattr(layer, "linear", None) is last)
     activation = head[place].activation
@@ -46,7 +48,7 @@ def fit_projection(
         )
     student.head = nn.Sequential(*list(head)[:place])
     try:
-        solved = Projection.fit_batches(_batches(student, texts, vectors), ridge=ridge)
+        solved = Projection.fit_batches(_batches(student, texts, vectors, last.out_features), ridge=ridge)
     finally:
         student.head = head
     last.weight.copy_(solved.weight)
@@ -69,8 +71,8 @@ def lead_to(student: Encoder, width: int) -> None:
     student.head = nn.Sequential(*head, Dense(inside, width).to(student.device), Normalize())
 
 
-def _batches(student: Encoder, texts: Texts, vectors: Tensor | Read) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of the student beside the teacher's, those that can be used, batch by batch.
+def _batches(student: Encoder, texts: Texts, vectors: Tensor | Read, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of the student beside the teacher's, of so many numbers, those that can be used, batch by batch.
 
     The student's enter as directions: it is compared by cosine, so a long text must not count for more.
     """
@@ -83,6 +85,11 @@ def _batches(student: Encoder, texts: Texts, vectors: Tensor | Read) -> Iterator
             for start in range(0, len(some), BATCH):
                 batch = some[start : start + BATCH]
                 targets = vectors[seen : seen + len(batch)] if isinstance(vectors, Tensor) else vectors(batch, role)
+                if targets.shape[1] != width:
+                    raise RecipeError(
+                        f"{student.name} ends in width {width} and the teacher's vectors have {targets.shape[1]}. Lead it there "
+                        f"first: students.lead_to(student, {targets.shape[1]})."
+                    )
                 good = usable_rows(targets)
                 yield normalize(student.encode(batch, role=role))[good], targets[good]
                 seen += len(batch)

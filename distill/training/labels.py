@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from distill import distributed
 from distill.encoder import Encoder
 from distill.errors import DataError, NumericsError, RecipeError
-from distill.heads import CosineLinear, classification_loss, parameter_groups
+from distill.heads import CosineLinear, class_logits, classification_loss, parameter_groups
 from distill.losses import cosine_distance
 from distill.modules import Tokens
 from distill.similarity import normalize
@@ -153,7 +153,8 @@ class LabelTraining:
     def predict(self, vectors: Float[Tensor, "n d"]) -> Int[Tensor, "n"]:
         """The class of each vector, on the CPU."""
         with torch.no_grad():
-            return self.head(vectors.to(self.encoder.device))["logits"].argmax(dim=1).cpu()
+            output = self.head(vectors.to(self.encoder.device))
+        return class_logits("predict", output).argmax(dim=1).cpu()
 
     def _step(self, texts: LabelledTexts, rows: Int[Tensor, " b"], rate: float) -> dict[str, Any]:
         set_rate(self.optimizer, rate)

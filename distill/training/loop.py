@@ -111,10 +111,14 @@ class _Loop:
             self.student.eval()
 
     def _run(self, limit: float) -> Run:
-        first, last = self._resume()
+        first, last, before = self._resume()
         done = first
         self.feed.prepare()
-        began, texts = time.monotonic(), 0
+        began, texts = time.monotonic(), before["texts"]
+
+        def seconds() -> float:
+            return before["seconds"] + time.monotonic() - began
+
         distributed.main_first(partial(runlog.cut, self.output, first))
         self.student.train(self.config.dropout)
         self._padding()  # of whatever read the student before
@@ -132,7 +136,7 @@ class _Loop:
                 asked = distributed.any_process(bool(stop), self.accelerator.device)
                 late = limit < math.inf and distributed.any_process(late, self.accelerator.device)
                 if asked or late or done % every == 0 or done == self.steps:
-                    self._save(done, last)
+                    self._save(done, last, {"seconds": seconds(), "texts": texts})
                 if asked and done < self.steps:
                     raise self._stopped(done, distributed.gather_objects(list(stop)))
                 if late:
@@ -141,10 +145,10 @@ class _Loop:
             self.rows.finish(done)
         if self.average:
             self.average.apply()
-        seconds = time.monotonic() - began
-        speed, settings, report = texts / max(seconds, 1e-9), asdict(self.config), self.data.report
+        spent = seconds()
+        speed, settings, report = texts / max(spent, 1e-9), asdict(self.config), self.data.report
         padding = self.read.padding if self.read.places else None
-        return Run(self.student, done, seconds, speed, last["loss"], self.output, report, settings, padding)
+        return Run(self.student, done, spent, speed, last["loss"], self.output, report, settings, padding)
 
     def _step(self, step: int) -> dict[str, Any]:
         began = time.monotonic()
@@ -221,21 +225,21 @@ class _Loop:
             **({"bank_order": f"permutation(seed, epoch, {sampling.BANK})"} if has_bank else {}),
         }
 
-    def _resume(self) -> tuple[int, dict[str, Any]]:
-        """The step to begin with, and what was logged of the one before."""
-        folder, nothing = self.output / "checkpoints", {"loss": math.nan}
+    def _resume(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """The step to begin with, what was logged of the one before, and the seconds and texts of all before."""
+        folder, nothing = self.output / "checkpoints", ({"loss": math.nan}, {"seconds": 0.0, "texts": 0})
         if not self.config.resume:
             distributed.main_first(partial(checkpoint.clear, folder))
-            return 0, nothing
+            return 0, *nothing
         found = checkpoint.load_latest(
             folder, self.student, self.adamw, accept=self._refuse_other, further=self._kept()
         )
         if found is None:
             if distributed.is_main():
                 print(f"no checkpoint in {folder}: from the first step", file=sys.stderr)
-            return 0, nothing
+            return 0, *nothing
         distributed.main_first(partial(checkpoint.tidy, folder, found.step, self.config.keep_checkpoints))
-        return found.step, found.state["last"]
+        return found.step, found.state["last"], found.state.get("spent", nothing[1])
 
     def _refuse_other(self, state: dict[str, Any]) -> None:
         saved = state["identity"]
@@ -256,8 +260,8 @@ class _Loop:
         rows = {"rows": self.rows.state()} if self.rows else {}
         return {**average, **rows, **({"start": {"table": self.anchor.start}} if self.anchor else {})}
 
-    def _save(self, step: int, last: dict[str, Any]) -> None:
-        folder, state = self.output / "checkpoints", {"identity": self.identity, "last": last}
+    def _save(self, step: int, last: dict[str, Any], spent: dict[str, Any]) -> None:
+        folder, state = self.output / "checkpoints", {"identity": self.identity, "last": last, "spent": spent}
         keep, further = self.config.keep_checkpoints, self._kept()
         distributed.main_first(partial(runlog.sync, self.output))
         checkpoint.save(folder, step, self.student, self.adamw, state, keep=keep, further=further)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from distill.errors import RecipeError
 
@@ -111,7 +111,7 @@ class TrainConfig:
         wrong = out_of_range(self, positive, ("weight_decay", "bank_size", "seed", "clip_norm"))
         if not 0 <= self.warmup_fraction <= 1:
             wrong.append(f"warmup_fraction is 0..1, got {self.warmup_fraction}")
-        wrong += self._wrong_shares()
+        wrong += [*self._wrong_shares(), *self._wrong_choices()]
         if self.hard_stage is not None and not self.bank_size:
             wrong.append("hard_stage fills the bank with neighbours: give bank_size, too")
         if self.start_decay is not None and self.table_update == "rows":
@@ -126,6 +126,18 @@ class TrainConfig:
         wrong = [f"{n} is above 0, up to 1, got {v}" for n, v in one_too.items() if v is not None and not 0 < v <= 1]
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             wrong.append(f"ema_decay is 0 or more, below 1, got {self.ema_decay}")
+        return wrong
+
+    def _wrong_choices(self) -> list[str]:
+        hints = get_type_hints(type(self))
+        choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+        wrong = [
+            f"{name} is {' or '.join(map(repr, known))}, got {getattr(self, name)!r}"
+            for name, known in choices.items()
+            if getattr(self, name) not in known
+        ]
+        if isinstance(self.trackers, str):
+            wrong.append(f"trackers are names in a tuple, got {self.trackers!r}")
         return wrong
 
     def identity(self) -> dict[str, Any]:
