@@ -405,6 +405,18 @@ def test_a_text_is_no_negative_of_itself(model: str, store: Path, tmp_path: Path
         ({"hard_stage": 0.1}, "hard_stage fills the bank with neighbours: give bank_size"),
         ({"hard_neighbours": 0}, "hard_neighbours is above 0"),
         ({"hard_margin": 1.5}, "hard_margin is above 0, up to 1"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_cannot_run_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        TrainConfig(**wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         ({"table_update": "row"}, "table_update is 'dense' or 'rows', got 'row'"),
         ({"schedule": "cosin"}, "schedule is 'cosine' or 'linear' or 'constant', got 'cosin'"),
         ({"mixed_precision": "fp16"}, "mixed_precision is 'no' or 'bf16'"),
@@ -412,7 +424,7 @@ def test_a_text_is_no_negative_of_itself(model: str, store: Path, tmp_path: Path
     ],
     ids=str,
 )
-def test_a_recipe_that_cannot_run_is_refused(wrong: dict[str, Any], message: str) -> None:
+def test_a_choice_that_there_is_not_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         TrainConfig(**wrong)
 
