@@ -36,6 +36,8 @@ from distill.metrics import Interval
 
 PROMPTS = {"query": "How do I find ", "document": "Interest rates: "}
 
+TEXTS = [*tiny.SENTENCES, *(f"{text} Again." for text in tiny.SENTENCES)]
+
 
 def task(qrels: dict[str, dict[str, int]], queries: int = 3) -> Retrieval:
     ids = [f"q{number}" for number in range(queries)]
@@ -85,7 +87,8 @@ def test_fidelity_of_unrelated_vectors_is_what_chance_gives() -> None:
 
 
 def test_fidelity_across_widths_leaves_the_cosine_out_and_few_texts_leave_more_out() -> None:
-    assert set(fidelity(torch.randn(20, 4), torch.randn(20, 8))) == {"neighbour overlap@10", "similarity spearman"}
+    assert set(fidelity(torch.randn(21, 4), torch.randn(21, 8))) == {"neighbour overlap@10", "similarity spearman"}
+    assert set(fidelity(torch.randn(20, 4), torch.randn(20, 8))) == {"similarity spearman"}  # half are shared by chance
     assert set(fidelity(torch.randn(8, 4), torch.randn(8, 4))) == {"cosine to teacher", "similarity spearman"}
     assert set(fidelity(torch.randn(2, 4), torch.randn(2, 4))) == {"cosine to teacher"}
 
@@ -206,7 +209,7 @@ def test_evaluate_scores_all_systems_and_the_teacher_runs_once(
     )
     pairs = Pairs(sentence1=tiny.SENTENCES[:6], sentence2=tiny.SENTENCES[6:], score=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     data = EvaluationData(
-        texts=tiny.SENTENCES, pairs={"sts": pairs}, retrieval={"docs": texts_task}, labelled={"intents": halves}
+        texts=TEXTS, pairs={"sts": pairs}, retrieval={"docs": texts_task}, labelled={"intents": halves}
     )
     data = replace(data, seen_in_training={"sentences of sts": 2})
     first = evaluate({"student": student, "itself": teacher}, teacher, data, store=tmp_path / "store")
@@ -320,14 +323,14 @@ def test_a_student_encodes_each_corpus_once(
 
 def test_evaluate_keeps_fidelity_in_full_beside_the_table(tmp_path: Path, tiny_bert: Path) -> None:
     teacher = Encoder.from_pretrained(tiny_bert)
-    data = EvaluationData(texts=tiny.SENTENCES)
+    data = EvaluationData(texts=TEXTS)
     scores = evaluate({"student": students.keep_layers(teacher, 3)}, teacher, data, store=tmp_path / "s", speed=False)
     whole, *parts = scores.slices["student"]
-    assert whole.texts == 12
-    lengths = teacher.tokenize(tiny.SENTENCES).tokens.lengths
+    assert whole.texts == 24
+    lengths = teacher.tokenize(TEXTS).tokens.lengths
     assert {part.by for part in parts} == {"tokens", "margin"}
     assert [p for p in parts if p.by == "tokens"][-1].high == int(lengths.max())
-    assert scores.as_json()["fidelity"]["student"][0]["texts"] == 12
+    assert scores.as_json()["fidelity"]["student"][0]["texts"] == 24
     for name, score in scores.table["student"].items():
         assert score.interval == whole.scores[name].interval
 

@@ -23,7 +23,8 @@ def fidelity(
     """How faithful student vectors are to the teacher's of the same texts, without labels: the three numbers of the table.
 
     cosine to teacher: of each text to its twin, where widths are equal; neighbour overlap@k: share of the k nearest other
-    texts that both spaces agree on; similarity spearman: rank correlation of the cosines of n/2 disjoint random pairs.
+    texts that both spaces agree on, of more than 2k texts; similarity spearman: rank correlation of the cosines of n/2
+    disjoint random pairs.
     O(n^2 (d + e)).
     """
     rows = Reference(teacher, k=k).rows(student)
@@ -77,16 +78,21 @@ class Reference:
         """What each text has a number of its own for."""
         check_pairs("fidelity", student, self.vectors)
         values: dict[str, Float[Tensor, " n"]] = {}
-        alike, enough = student.shape[1] == self.vectors.shape[1], len(student) > self.k
+        alike = student.shape[1] == self.vectors.shape[1]
         if alike:
             values["cosine to teacher"] = pairwise_cosine(student, self.vectors)
-        if enough:
+        if self._has_neighbours:
             _, near = top_k_neighbours(student, student, self.k, exclude_self=True)
             values[f"neighbour overlap@{self.k}"] = metrics.shared(near, self._neighbours[1])
-        if alike and enough:
+        if alike and self._has_neighbours:
             _, near = top_k_neighbours(student, self.vectors, self.k, exclude_self=True)
             values[f"overlap@{self.k} in teacher's index"] = metrics.shared(near, self._neighbours[1])
         return values
+
+    @property
+    def _has_neighbours(self) -> bool:
+        """Whether there are texts enough: among 2k and less, chance shares half of the k nearest and more."""
+        return len(self.vectors) > 2 * self.k
 
     @cached_property
     def _neighbours(self) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
@@ -98,7 +104,7 @@ class Reference:
         parts = [("all", 0.0, 0.0, torch.arange(len(self.vectors)))]
         if self.token_counts is not None:
             parts += [("tokens", *part) for part in _quarters(self.token_counts.double())]
-        if len(self.vectors) > self.k:
+        if self._has_neighbours:
             nearest = self._neighbours[0]
             parts += [("margin", *part) for part in _quarters((nearest[:, 0] - nearest[:, -1]).double())]
         return parts

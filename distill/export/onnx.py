@@ -256,7 +256,7 @@ def _measure(path: Path, texts: Sequence[str], reference: Float[Tensor, "n width
         largest_difference=float(((found - reference) / length).abs().max()),
         mean_cosine=float(cosine.mean()),
         lowest_cosine=float(cosine.min()),
-        overlap=float(metrics.neighbour_overlap(found, reference, 10).mean()) if len(texts) > 10 else None,
+        overlap=float(metrics.neighbour_overlap(found, reference, 10).mean()) if len(texts) > 20 else None,
     )
 
 
