@@ -143,6 +143,12 @@ def together(
 ) -> tuple[CosineLinear, dict[str, Any]]:
     """Train both; leaves OUTPUT/student and metrics.jsonl. The report says how near to the teacher the encoder stays."""
     teacher = recipe.teacher.load(in_roles=False)
+    if encoder.width != teacher.width:
+        raise RecipeError(
+            f"{encoder.name} gives vectors of {encoder.width} numbers and its teacher {teacher.name} of {teacher.width}; "
+            "--train-encoder holds one by the other. Give the teacher that it was distilled from (--teacher.name), or "
+            "lead it to that width first (match_embeddings.py --student.kind pretrained)."
+        )
     store = embed([*data.texts, *data.test.texts], teacher, recipe.store)
     held_out = store.vectors(data.test.texts, prompt=teacher.prompt(None))
     cosines = {"before": float(pairwise_cosine(encode_everywhere(encoder, data.test.texts), held_out).mean())}
