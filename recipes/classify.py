@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from distill import cli, distributed, files, runlog
 from distill.classes import shots
-from distill.config import TeacherConfig
+from distill.config import TeacherConfig, unused
 from distill.data import Labelled, load_labelled
 from distill.embed import embed
 from distill.encoder import Encoder
@@ -78,6 +78,19 @@ class Recipe:
         ]
         if wrong:
             raise RecipeError(f"{', '.join('--' + name.replace('_', '-') for name in wrong)} must be above 0.")
+        if self.train_encoder:
+            unused(
+                "",
+                self,
+                ("steps", "learning_rate", "sigma_learning_rate"),
+                "--train-encoder has --labels.epochs, --labels.proxy-learning-rate and --labels.sigma-learning-rate.",
+            )
+        else:
+            for group in ("labels", "teacher"):
+                names = [
+                    name for name in vars(getattr(self, group)) if name != "seed"
+                ]  # one script gives it to all its runs
+                unused(group, getattr(self, group), names, "they belong to --train-encoder; give it, too.")
 
 
 def main(recipe: Recipe) -> None:

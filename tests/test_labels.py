@@ -166,7 +166,14 @@ def test_a_recipe_orders_its_texts_by_the_seed_of_labels(
         config = LabelConfig(batch_size=4, epochs=1.0, **labels)
         output = tmp_path / str(labels)
         recipe = classify.Recipe(
-            train_data="", test_data="", teacher=teacher, labels=config, store=tmp_path / "store", output=output, seed=3
+            train_data="",
+            test_data="",
+            train_encoder=True,
+            teacher=teacher,
+            labels=config,
+            store=tmp_path / "store",
+            output=output,
+            seed=3,
         )
         torch.manual_seed(0)
         classify.together(recipe, data, Encoder.from_pretrained(tiny_bert), list(range(12)))
