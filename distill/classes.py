@@ -47,7 +47,7 @@ def in_tasks(data: Labelled, tasks: int, *, seed: int = 0) -> list[Labelled]:
     """The classes in so many tasks, as equal as can be, in an order drawn by seed; each with its own texts of `data.test`.
 
     Labels are numbered as they come: the first task has 0, 1, ..., the next goes on, so that a label stays the column of a
-    head that grows. `names` are those of the task alone, its lowest label first.
+    head that grows. `names` are those of the task alone, its lowest label first. DataError for a task without a test text.
     """
     classes = len(data.names)
     if not 1 <= tasks <= classes:
@@ -55,7 +55,14 @@ def in_tasks(data: Labelled, tasks: int, *, seed: int = 0) -> list[Labelled]:
     order = _drawn(classes, seed)
     place = {label: number for number, label in enumerate(order)}
     bounds = [number * classes // tasks for number in range(tasks + 1)]
-    return [_task(data, range(first, last), place, order) for first, last in pairwise(bounds)]
+    parts = [_task(data, range(first, last), place, order) for first, last in pairwise(bounds)]
+    for part in parts:
+        if part.test is not None and not len(part.test):
+            raise DataError(
+                f"a task of the classes {', '.join(part.names[:5])} has no test text (seed {seed}). Give test texts of each "
+                "class, leave out those classes, or take fewer tasks."
+            )
+    return parts
 
 
 def _task(data: Labelled, labels: range, place: dict[int, int], order: list[int]) -> Labelled:

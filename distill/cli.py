@@ -112,7 +112,13 @@ def _terminable() -> Iterator[None]:
 
 def varied(recipe: Recipe, flags: str) -> Recipe:
     """The recipe with some flags given anew, as on a command line: varied(recipe, "--train.ema-decay 0.99")."""
-    return _parse(type(recipe), shlex.split(flags), f"A variant: {flags}", default=recipe)
+    try:
+        words = shlex.split(flags)
+    except ValueError:
+        raise RecipeError(
+            f"{flags}: a quote is not closed, or a backslash is the end. Put a backslash before a quote that belongs to a value."
+        ) from None
+    return _parse(type(recipe), words, f"A variant: {flags}", default=recipe)
 
 
 def _parse(recipe_type: type[Recipe], arguments: list[str], description: str, default: Recipe | None = None) -> Recipe:

@@ -69,11 +69,12 @@ class Stopped(BaseException):
 
 
 def explained(error: OSError) -> str:
-    """What the system said, and of which file."""
+    """What the system said, and of which file: of two, as where one takes another's place, the second."""
     reason = error.strerror or str(error)
     if error.errno in FULL:
         reason += "; free some space there"
-    return f"{error.filename}: {reason}." if error.filename else f"{reason}."
+    name = error.filename2 or error.filename
+    return f"{name}: {reason}." if name else f"{reason}."
 
 
 def disk_reason(error: OSError) -> str:

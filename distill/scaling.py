@@ -10,7 +10,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from distill.errors import reported
 from distill.store import Format
 from distill.store.shards import SHARD_ROWS
 
@@ -150,7 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         parser.error("numbers are above 0, and --links are as many as --gpus")
     clusters = [Cluster(gpus=count, flops=flops, link=link) for count, link in zip(gpus, links, strict=True)]
-    print(table(Workload(**given), clusters))
+    return reported(partial(_print, Workload(**given), clusters))
+
+
+def _print(workload: Workload, clusters: Sequence[Cluster]) -> int:
+    print(table(workload, clusters))
     return 0
 
 

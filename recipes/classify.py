@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from distill import cli, distributed, files, runlog
 from distill.classes import shots
-from distill.config import TeacherConfig
+from distill.config import TeacherConfig, unused
 from distill.data import Labelled, load_labelled
 from distill.embed import embed
 from distill.encoder import Encoder
@@ -78,6 +78,19 @@ class Recipe:
         ]
         if wrong:
             raise RecipeError(f"{', '.join('--' + name.replace('_', '-') for name in wrong)} must be above 0.")
+        if self.train_encoder:
+            unused(
+                "",
+                self,
+                ("steps", "learning_rate", "sigma_learning_rate"),
+                "--train-encoder has --labels.epochs, --labels.proxy-learning-rate and --labels.sigma-learning-rate.",
+            )
+        else:
+            for group in ("labels", "teacher"):
+                names = [
+                    name for name in vars(getattr(self, group)) if name != "seed"
+                ]  # one script gives it to all its runs
+                unused(group, getattr(self, group), names, "they belong to --train-encoder; give it, too.")
 
 
 def main(recipe: Recipe) -> None:
@@ -143,6 +156,12 @@ def together(
 ) -> tuple[CosineLinear, dict[str, Any]]:
     """Train both; leaves OUTPUT/student and metrics.jsonl. The report says how near to the teacher the encoder stays."""
     teacher = recipe.teacher.load(in_roles=False)
+    if encoder.width != teacher.width:
+        raise RecipeError(
+            f"{encoder.name} gives vectors of {encoder.width} numbers and its teacher {teacher.name} of {teacher.width}; "
+            "--train-encoder holds one by the other. Give the teacher that it was distilled from (--teacher.name), or "
+            "lead it to that width first (match_embeddings.py --student.kind pretrained)."
+        )
     store = embed([*data.texts, *data.test.texts], teacher, recipe.store)
     held_out = store.vectors(data.test.texts, prompt=teacher.prompt(None))
     cosines = {"before": float(pairwise_cosine(encode_everywhere(encoder, data.test.texts), held_out).mean())}

@@ -91,11 +91,11 @@ def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
     data = load_labelled(recipe.train_data, recipe.test_data)
     data = data if data.test else hold_out_of_each(data)
+    drawn = {seed: in_tasks(data, recipe.tasks, seed=seed) for seed in recipe.seeds}
     encoder = Encoder.from_pretrained(recipe.encoder).to(distributed.device())
     found: dict[str, list[Tensor]] = {way: [] for way in recipe.ways}
     sizes: list[Tensor] = []
-    for seed in recipe.seeds:
-        tasks = in_tasks(data, recipe.tasks, seed=seed)
+    for seed, tasks in drawn.items():
         sizes.append(torch.tensor([len(task.test) for task in tasks]))
         for way in recipe.ways:
             found[way].append(learn(recipe, way, seed, copy.deepcopy(encoder), tasks))

@@ -54,3 +54,10 @@ def test_classes_come_in_tasks_numbered_as_they_come() -> None:
     assert in_tasks(sample([2, 2]), 1)[0].test is None
     with pytest.raises(DataError, match="7 classes come in 1 to 7 tasks, got 8"):
         in_tasks(data, 8)
+
+
+def test_a_task_without_a_test_text_is_told_by_its_classes() -> None:
+    data = sample([3, 3, 3, 3], [1, 0, 1, 1])
+    with pytest.raises(DataError, match=r"a task of the classes class 1 has no test text \(seed 2\)"):
+        in_tasks(data, 4, seed=2)
+    assert len(in_tasks(data, 1)[0].test) == 3

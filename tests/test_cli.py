@@ -211,6 +211,13 @@ def test_every_kind_of_error_has_its_exit_code_and_no_traceback(run: Run, kind: 
     assert 2 <= code <= 7
 
 
+@pytest.mark.parametrize("flags", ["--data it's", '--data "b', "--data b\\"])
+def test_a_quote_that_is_not_closed_is_told(flags: str) -> None:
+    with pytest.raises(RecipeError, match=r"--data .*: a quote is not closed, or a backslash is the end"):
+        cli.varied(Recipe(data="a"), flags)
+    assert cli.varied(Recipe(data="a"), "--data it\\'s").data == "it's"
+
+
 def test_debug_adds_the_traceback(run: Run) -> None:
     code, _, err = run("--debug", raises=errors.DataError("what went wrong."))
     assert code == 3
@@ -292,6 +299,11 @@ def test_an_error_that_a_library_makes_of_sigterm_is_the_signal(
         (None, 7, ""),
         (IntegrityError("damaged."), 4, "error: damaged.\n"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 6, "error: a/b: Not a directory.\n"),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "a/.x.tmp", None, "a/b"),
+            6,
+            "error: a/b: Is a directory.\n",
+        ),
     ],
 )
 def test_other_programs_end_with_the_same_codes(

@@ -19,6 +19,7 @@ from distill.data import Labelled
 from distill.encoder import Encoder
 from distill.errors import DataError, NumericsError, RecipeError
 from distill.heads import CosineLinear
+from distill.modules import Truncate
 from distill.similarity import pairwise_cosine
 from distill.training import NO_LABEL, LabelConfig, LabelledTexts, LabelTraining, herd
 
@@ -171,7 +172,14 @@ def test_a_recipe_orders_its_texts_by_the_seed_of_labels(
         config = LabelConfig(batch_size=4, epochs=1.0, **labels)
         output = tmp_path / str(labels)
         recipe = classify.Recipe(
-            train_data="", test_data="", teacher=teacher, labels=config, store=tmp_path / "store", output=output, seed=3
+            train_data="",
+            test_data="",
+            train_encoder=True,
+            teacher=teacher,
+            labels=config,
+            store=tmp_path / "store",
+            output=output,
+            seed=3,
         )
         torch.manual_seed(0)
         classify.together(recipe, data, Encoder.from_pretrained(tiny_bert), list(range(12)))
@@ -193,6 +201,21 @@ def test_a_recipe_orders_its_texts_by_the_seed_of_labels(
         recipe = incremental.Recipe(train_data="", encoder="", labels=labels)
         incremental.learn(recipe, "fine-tuning", 3, Encoder.from_pretrained(tiny_bert), [data])
     assert seeds == [3, 7]
+
+
+def test_an_encoder_that_is_not_as_wide_as_its_teacher_is_told_before_anything_is_embedded(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    classify, store = runs.recipe_module("classify"), tmp_path / "store"
+    recipe = classify.Recipe(
+        train_data="", test_data="", train_encoder=True, teacher=TeacherConfig(name=str(tiny_bert)), store=store
+    )
+    data = Labelled(texts=TEXTS, labels=LABELS.tolist(), names=["a", "b", "c"])
+    narrow = Encoder.from_pretrained(tiny_bert)
+    narrow.head.append(Truncate(16))
+    with pytest.raises(RecipeError, match=r"vectors of 16 numbers and its teacher .* of 32;"):
+        classify.together(recipe, replace(data, test=data), narrow, list(range(12)))
+    assert not store.exists()
 
 
 def test_herding_keeps_the_mean_direction_of_each_class() -> None:

@@ -162,6 +162,31 @@ def test_the_command_writes_files_and_a_section_of_the_card(exported: Any, tmp_p
     assert f"{INT8}: " in capsys.readouterr().out
 
 
+@runtime
+def test_a_command_that_fails_leaves_the_folder_as_it_was(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder, texts = tmp_path / "student", tmp_path / "texts.txt"
+    exported("static")[0].save_pretrained(folder)
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    before, arguments = content(), [str(folder), "--onnx", "--truncate-dim", "5", "--texts", str(texts)]
+    assert main(arguments) == 3
+    assert "texts.txt" in capsys.readouterr().err
+    assert content() == before
+    texts.write_text("\n".join(tiny.SENTENCES))
+    with monkeypatch.context() as patched:
+        patched.setattr(onnx, "LARGEST_DIFFERENCE", -1.0)
+        assert main(arguments) == 5
+    assert content() == before
+    assert main(arguments) == 0
+    assert Encoder.from_pretrained(folder).width == 5
+    assert main([*arguments[:3], "32", *arguments[4:]]) == 0
+    assert Encoder.from_pretrained(folder).width == onnx.run(folder / "onnx" / FLOAT, TEXTS[:3]).shape[1] == 32
+
+
 def test_the_extra_is_named_where_it_is_missing(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r'pip install "distill\[onnx\]"'):

@@ -422,6 +422,18 @@ def test_what_is_no_run_is_named(
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_a_report_of_evaluate_is_compared_on_its_own_page(
+    run: Path, plain: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {"scores": {"a": plain["scores"][STUDENT], "teacher": plain["scores"]["teacher"]}, "differences": {}}
+    (tmp_path / page.REPORT).write_text(json.dumps(models))
+    for more in ([str(run)], ["--figures", str(tmp_path)], ["--output", str(tmp_path / "one.html")]):
+        assert report.main([str(tmp_path), *more]) == 3
+        assert f"of its own: {tmp_path / page.PAGE}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [page.REPORT]
+    assert report.main([str(tmp_path)]) == 0
+
+
 def test_names_lose_what_all_begin_with() -> None:
     assert labels(["runs/a/x", "runs/b/x"]) == ["a/x", "b/x"]
     assert labels(["/runs/a"]) == ["a"]

@@ -367,6 +367,24 @@ BAD = {
         2,
         ["distillation is 0 or more, got -1.0"],
     ),
+    "labels of a head alone": (
+        "classify",
+        "--train-data x --test-data x --labels.epochs 3 --labels.batch-size 1",
+        2,
+        ["--labels.epochs, --labels.batch-size would change nothing here: they belong to --train-encoder"],
+    ),
+    "a teacher of a head alone": (
+        "classify",
+        "--train-data x --test-data x --teacher.name x",
+        2,
+        ["--teacher.name would change nothing here: they belong to --train-encoder"],
+    ),
+    "steps of an encoder": (
+        "classify",
+        "--train-data x --test-data x --train-encoder --steps 3 --sigma-learning-rate 1",
+        2,
+        ["--steps, --sigma-learning-rate would change nothing here: --train-encoder has --labels.epochs"],
+    ),
     "no proxies": ("classify", "--train-data x --test-data x --proxies 0", 2, ["--proxies must be above 0"]),
     "impossible": (
         "match_embeddings",

@@ -58,6 +58,11 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         scaling.main(["--gpus", "8"])
 
 
+def test_a_format_that_there_is_not_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert scaling.main(["--store-as", "foo"]) == 2
+    assert "error: a store keeps vectors as float16, int8" in capsys.readouterr().err
+
+
 def test_the_readme_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     scaling.main(["--texts", "1e9", "--gpus", "8", "64"])
     page = (Path(scaling.__file__).parents[1] / "recipes" / "README.md").read_text(encoding="utf-8")

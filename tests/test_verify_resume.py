@@ -180,6 +180,9 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert main([str(tmp_path / "nothing.py")]) == 2
     assert main(["--kills", "12", str(ROOT / "recipes" / "quickstart.py")]) == 2
     assert "there is no recipe" in capsys.readouterr().err
+    (tmp_path / "broken.py").write_text("import sys\ndef main(:\n")
+    assert main([str(tmp_path / "broken.py")]) == 2
+    assert re.search(r"broken.py is no Python program: .*line 2", capsys.readouterr().err)
 
 
 # What counts as a difference

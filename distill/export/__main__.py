@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from distill import files
 from distill.data import load_texts
 from distill.docstrings import docstring_pairs
@@ -16,6 +18,7 @@ from distill.export import onnx
 from distill.export.card import with_section
 from distill.export.upload import Upload, push
 from distill.folder import SETTINGS
+from distill.modules import Truncate
 
 TEXTS = 500  # that an ONNX file is measured on
 
@@ -27,13 +30,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _hand_on(options: argparse.Namespace) -> int:
     _check(options)
-    if options.truncate_dim is not None:
-        _truncate(options.folder, options.truncate_dim, with_onnx=options.onnx)
-    if options.onnx:
-        _write_onnx(options.folder, options.texts, int8=options.int8)
+    if options.onnx or options.truncate_dim is not None:
+        _change(options)
     if options.push_to_hub:
         _upload(options)
     return 0
+
+
+def _change(options: argparse.Namespace) -> None:
+    """Texts and export first: if they fail, the settings and the card are as they were."""
+    folder, width = options.folder, options.truncate_dim
+    texts = _texts(options.texts) if options.onnx else []
+    student = Encoder.from_pretrained(folder)
+    if width is not None:
+        _truncate(student, folder, width, with_onnx=options.onnx)
+    measured = onnx.export_onnx(student, folder, texts, int8=options.int8) if options.onnx else []
+    if width is not None:
+        _write_width(student, folder)
+    if options.onnx:
+        _describe_onnx(student, folder, options.texts, measured)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,13 +95,23 @@ def _check(options: argparse.Namespace) -> None:
         onnx.require_extra()
 
 
-def _truncate(folder: Path, width: int, *, with_onnx: bool) -> None:
-    full = Encoder.from_pretrained(folder).full_width
+def _texts(named: Sequence[str]) -> list[str]:
+    return load_texts(tuple(named), limit=TEXTS).texts if named else docstring_pairs(limit=TEXTS // 2).texts()[:TEXTS]
+
+
+def _truncate(student: Encoder, folder: Path, width: int, *, with_onnx: bool) -> None:
+    """The student in memory; the folder stays."""
+    full = student.full_width
     if not 1 <= width <= full:
         raise RecipeError(f"--truncate-dim is 1..{full} for {folder}, got {width}.")
     if not with_onnx and (folder / onnx.FOLDER).exists():
         raise RecipeError(f"the files in {folder / onnx.FOLDER} give vectors of the width there is now; add --onnx.")
-    path = folder / SETTINGS
+    whole = [layer for layer in student.head if not isinstance(layer, Truncate)]
+    student.head = nn.Sequential(*whole, *([Truncate(width)] if width < full else []))
+
+
+def _write_width(student: Encoder, folder: Path) -> None:
+    path, width, full = folder / SETTINGS, student.width, student.full_width
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     files.write_json(path, settings | {"truncate_dim": width if width < full else None})
     text = f"Vectors are the first {width} of {full} numbers, not brought to length 1 again: compare them by cosine."
@@ -94,10 +119,7 @@ def _truncate(folder: Path, width: int, *, with_onnx: bool) -> None:
     print(f"{folder}: vectors of {width} numbers")
 
 
-def _write_onnx(folder: Path, texts: Sequence[str], *, int8: bool) -> None:
-    student = Encoder.from_pretrained(folder)
-    found = load_texts(tuple(texts), limit=TEXTS).texts if texts else docstring_pairs(limit=TEXTS // 2).texts()[:TEXTS]
-    measured = onnx.export_onnx(student, folder, found, int8=int8)
+def _describe_onnx(student: Encoder, folder: Path, texts: Sequence[str], measured: Sequence[onnx.Measured]) -> None:
     prompts = {role: prompt for role, prompt in student.prompts.items() if prompt}
     before = f" Put the prompt of its role before a text: {json.dumps(prompts, ensure_ascii=False)}." if prompts else ""
     source = ", ".join(texts) or "docstrings of the packages on the machine that wrote the files"

@@ -37,16 +37,16 @@ def write_models(folder: Path, report: dict[str, Any]) -> Path:
 
 
 def write_comparison(runs: Sequence[Path], output: Path) -> Path:
-    """Several runs on one page."""
+    """Several runs on one page; DataError for a report of evaluate.py."""
     runs = list(dict.fromkeys(runs))
     names = labels([str(_folder(run)) for run in runs])
-    entries = [Entry(label=name, report=read_report(run)) for name, run in zip(names, runs, strict=True)]
+    entries = [Entry(label=name, report=_read_training(run)) for name, run in zip(names, runs, strict=True)]
     return _write(output, comparison(entries, title=f"{len(entries)} runs side by side"))
 
 
 def write_figures(run: Path, folder: Path) -> list[Path]:
-    """The figures of a run that stand on their own, as SVG files of FOLDER."""
-    charts = gallery(read_report(run))
+    """The figures of a run that stand on their own, as SVG files of FOLDER; DataError for a report of evaluate.py."""
+    charts = gallery(_read_training(run))
     return [_write(folder / f"{name}.svg", figure_file(chart, LEGEND)) for name, chart in charts.items()]
 
 
@@ -63,6 +63,16 @@ def read_report(run: Path) -> dict[str, Any]:
         raise DataError(f"{path} is no JSON: {error}") from error
     if not isinstance(report, dict) or "scores" not in report:
         raise DataError(f"{path} is no report of a training run or of evaluate.py: it has no scores.")
+    return report
+
+
+def _read_training(run: Path) -> dict[str, Any]:
+    report = read_report(run)
+    if "differences" in report:
+        raise DataError(
+            f"{_folder(run) / REPORT} is a report of evaluate.py, which has a page of its own: {_folder(run) / PAGE}. "
+            "Name runs of recipes that train a student."
+        )
     return report
 
 

@@ -110,7 +110,7 @@ def _trial(options: argparse.Namespace) -> Trial:
 def training_flags(recipe: Path) -> tuple[str, bool]:
     """What a recipe's flags `steps` and `resume` begin with, and whether it has `save_every`. Imports the recipe.
 
-    RecipeError for a program without a dataclass that has `output`, and `steps` and `resume` itself or in one of its groups.
+    RecipeError for one with a syntax error, and for a program without a dataclass that has `output`, and `steps` and `resume` itself or in one of its groups.
     """
     if not recipe.is_file():
         raise RecipeError(f"there is no recipe {recipe}.")
@@ -119,7 +119,10 @@ def training_flags(recipe: Path) -> tuple[str, bool]:
         raise RecipeError(f"{recipe} is no Python program.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise RecipeError(f"{recipe} is no Python program: {error}.") from error
     for kind in vars(module).values():
         if not dataclasses.is_dataclass(kind) or getattr(kind, "__module__", "") != spec.name:
             continue
