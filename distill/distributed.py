@@ -111,11 +111,16 @@ def everywhere(action: Callable[[], Any]) -> list[Any]:
 
 def any_process(flag: bool, device: torch.device | None = None) -> bool:
     """True everywhere if it is true anywhere."""
+    return any_process_each([flag], device)[0]
+
+
+def any_process_each(flags: Sequence[bool], device: torch.device | None = None) -> list[bool]:
+    """`any_process` of each of the flags, in one exchange."""
     if world_size() == 1:
-        return flag
-    vote = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item() > 0)
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.float32, device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return [vote > 0 for vote in votes.tolist()]
 
 
 def share(count: int) -> range:

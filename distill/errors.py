@@ -82,7 +82,7 @@ def disk_reason(error: OSError) -> str:
     if error.errno in FULL:
         return f"the disk is full ({error.strerror})"
     if error.errno in OF_THE_DISK:
-        return f"no permission to write ({error.filename or error.strerror})"
+        return f"no permission to write ({error.filename2 or error.filename or error.strerror})"
     return str(error)
 
 

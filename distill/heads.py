@@ -102,8 +102,8 @@ class CosineLinear(nn.Module):
         _grow(self.weight, new)
         state = {} if optimizer is None else optimizer.state.get(self.weight, {})
         for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == old:
-                state[name] = torch.cat([value, torch.zeros_like(new, dtype=value.dtype)])
+            if torch.is_tensor(value) and value.ndim == 2 and len(value) == old[0]:  # Adafactor's rows are of width 1
+                state[name] = torch.cat([value, value.new_zeros(len(new), value.shape[1])])
         self.out_features += n
 
     def extra_repr(self) -> str:

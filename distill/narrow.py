@@ -75,8 +75,9 @@ def require_narrower(teacher: Encoder, width: int) -> None:
 
 
 def turn(vectors: Float[Tensor, "n e"], directions: Float[Tensor, "d e"]) -> Float[Tensor, "n d"]:
-    """Vectors on orthonormal directions, as unit rows. A row of zeros stays one."""
-    return normalize(vectors @ directions.T)
+    """Vectors on orthonormal directions, as unit rows in the wider dtype of the two. A row of zeros stays one."""
+    dtype = torch.promote_types(vectors.dtype, directions.dtype)
+    return normalize(vectors.to(dtype) @ directions.to(dtype).T)
 
 
 def principal(batches: Iterable[Float[Tensor, "_ e"]]) -> Float[Tensor, "k e"]:

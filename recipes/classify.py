@@ -86,11 +86,12 @@ class Recipe:
                 "--train-encoder has --labels.epochs, --labels.proxy-learning-rate and --labels.sigma-learning-rate.",
             )
         else:
+            belong = "they belong to --train-encoder; give it, too."
+            unused("", self, ("store",), belong)
             for group in ("labels", "teacher"):
-                names = [
-                    name for name in vars(getattr(self, group)) if name != "seed"
-                ]  # one script gives it to all its runs
-                unused(group, getattr(self, group), names, "they belong to --train-encoder; give it, too.")
+                # but the seed: one script gives it to all its runs
+                names = [name for name in vars(getattr(self, group)) if name != "seed"]
+                unused(group, getattr(self, group), names, belong)
 
 
 def main(recipe: Recipe) -> None:

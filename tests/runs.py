@@ -4,6 +4,8 @@ import importlib.util
 import math
 import random
 import sys
+import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -104,3 +106,15 @@ def recipe_module(name: str) -> ModuleType:
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def waits_for_the_device(action: Callable[[], object]) -> int:
+    """How often an action makes the host wait for the CUDA device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            action()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)

@@ -47,6 +47,17 @@ def test_the_module_keeps_its_own_weights_until_the_average_is_applied() -> None
     assert set(average.tensors) == {"weight"}
 
 
+def test_an_average_that_another_keeps_is_left_to_it() -> None:
+    module = nn.Linear(4, 2, bias=False)
+    average = WeightAverage(module, 0.9)
+    theirs, before = average.hand_over(module.weight), module.weight.detach().clone()
+    walked(module, average, 3)
+    assert torch.equal(theirs, before)
+    theirs.fill_(1.0)
+    average.apply()
+    assert torch.equal(module.weight, torch.ones(2, 4))
+
+
 def test_tied_weights_are_averaged_once() -> None:
     module = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
     module["b"].weight = module["a"].weight

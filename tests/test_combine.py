@@ -69,6 +69,12 @@ def test_weights_that_cannot_train_are_refused_before_the_run(weights: dict, mes
         WeightedSum(terms(), weights)
 
 
+@pytest.mark.parametrize("name", ["keys", "forward", "a.b", ""])
+def test_a_name_that_torch_refuses_is_refused_as_one(name: str) -> None:
+    with pytest.raises(ValueError, match=r"for a name\. Rename them"):
+        WeightedSum({"near": CosineDistance(), name: CosineDistance()})
+
+
 def test_progress_is_a_fraction() -> None:
     with pytest.raises(ValueError, match="from 0 to 1, got 3"):
         WeightedSum(terms()).set_progress(3.0)

@@ -184,6 +184,7 @@ def collectives() -> dict[str, Any]:
         "objects": distributed.gather_objects(rank),
         "all": distributed.everywhere(lambda: rank * 2),
         "any": [distributed.any_process(rank == world - 1), distributed.any_process(False)],
+        "each": distributed.any_process_each([rank == 0, False, rank == world - 1, True]),
         "share": [[*distributed.share(count)] for count in (0, 1, 2, 7, 8)],
         "infinite": infinite(),
         "main": distributed.main_first(lambda: rank),
@@ -285,6 +286,7 @@ def test_collectives(spawned: list[dict[str, Any]]) -> None:
         assert result["objects"] == [*range(world)]
         assert result["all"] == [2 * number for number in range(world)]
         assert result["any"] == [True, False]
+        assert result["each"] == [True, False, True, True]
         assert result["infinite"] == torch.inf
         own, told = "Strange: no route", "RuntimeError: Strange: no route"
         assert result["errors"] == {

@@ -152,6 +152,14 @@ def test_centroid_accuracy_is_the_share_nearest_to_the_mean_direction_of_its_cla
     assert centroid_accuracy(train, vectors, labelled(labels, test)).interval.value == pytest.approx(14 / 15)
 
 
+def test_a_class_without_a_direction_is_given_to_no_text() -> None:
+    labels, test = [0, 1] * 10, [0, 1, 2] * 5
+    vectors = -torch.eye(3, 8)[test]  # all cosines to the classes that are there are 0 or less
+    for test_vectors, right in ((vectors, [0.0, 0.0, 0.0]), (-vectors, [1.0, 1.0, 0.0])):
+        score = centroid_accuracy(torch.eye(3, 8)[labels], test_vectors, labelled(labels, test))
+        assert score.values.tolist() == right * 5
+
+
 # The table
 
 

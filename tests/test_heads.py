@@ -145,6 +145,7 @@ OPTIMIZERS = [
     lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
     lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     lambda p: torch.optim.SGD(p, lr=0.1),
+    lambda p: torch.optim.Adafactor(p, lr=0.1),
 ]
 
 

@@ -253,3 +253,21 @@ def test_two_processes_train_as_one(tiny_bert: Path, tmp_path: Path) -> None:
     one = trained(str(tiny_bert))
     assert two[0]["losses"] == pytest.approx(one["losses"], rel=1e-6)
     assert two[0]["weights"] == pytest.approx(one["weights"], abs=1e-9)
+
+
+# What follows needs a GPU: pytest -m gpu.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("without_label", [0, 4])
+def test_the_host_waits_for_the_device_once_a_step(without_label: int, encoder: Encoder) -> None:
+    one = training(copy.deepcopy(encoder).to("cuda"), distillation=1.0, batch_size=12)
+    texts = labelled(encoder, torch.where(torch.arange(12) < without_label, NO_LABEL, LABELS))
+
+    def waits(epochs: float) -> int:
+        one.config = replace(one.config, epochs=epochs)
+        return runs.waits_for_the_device(lambda: one.fit(texts))
+
+    waits(5.0)  # what is tried once
+    few, many = waits(5.0), waits(15.0)
+    assert many - few == 10

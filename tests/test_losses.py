@@ -367,6 +367,8 @@ def test_keys_that_do_not_fit_are_refused(case: Case) -> None:
         case(student, teacher, bank, keys=keys, bank_keys=keys)
     with pytest.raises(ValueError, match="float32"):
         case(student, teacher, keys=keys.float())
+    with pytest.raises(ValueError, match=r"keys \(torch\.int64\) with bank_keys \(torch\.uint64\)"):
+        case(student, teacher, bank, keys=keys, bank_keys=keys[:3].to(torch.uint64))
     with pytest.raises(ValueError, match="bank_keys without keys"):
         case(student, teacher, bank, bank_keys=keys[:3])
     with pytest.raises(ValueError, match="bank_keys"):

@@ -86,6 +86,14 @@ def test_all_directions_keep_every_cosine_and_few_keep_what_they_say() -> None:
     assert str(few).startswith("3 of 8 directions keep ")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_vectors_of_another_dtype_are_turned(dtype: torch.dtype) -> None:
+    vectors, directions = torch.randn(5, 8).to(dtype), torch.eye(3, 8)
+    turned = narrow.turn(vectors, directions)
+    assert turned.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(turned, narrow.turn(vectors.double(), directions.double()).to(turned.dtype))
+
+
 # The teacher and its store
 
 

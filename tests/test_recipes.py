@@ -379,6 +379,12 @@ BAD = {
         2,
         ["--teacher.name would change nothing here: they belong to --train-encoder"],
     ),
+    "a store of a head alone": (
+        "classify",
+        "--train-data x --test-data x --store x",
+        2,
+        ["--store would change nothing here: they belong to --train-encoder"],
+    ),
     "steps of an encoder": (
         "classify",
         "--train-data x --test-data x --train-encoder --steps 3 --sigma-learning-rate 1",

@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-import warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -1068,15 +1067,8 @@ WAITING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", WAITING)
 def test_the_host_waits_for_the_device_once_a_step(kind: str, model: str, store: Path, tmp_path: Path) -> None:
     def waits(steps: int) -> int:
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as seen:
-                warnings.simplefilter("always")
-                options = {**WAITING[kind], "steps": steps, "save_every": 100}
-                runs.small_run(model, tmp_path / str(steps), store=store, **options)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)
+        options = {**WAITING[kind], "steps": steps, "save_every": 100}
+        return runs.waits_for_the_device(partial(runs.small_run, model, tmp_path / str(steps), store=store, **options))
 
     waits(5)  # what is tried once
     few, many = waits(5), waits(15)

@@ -1,11 +1,12 @@
 """What people judged: retrieval, the likeness of two sentences, classes."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill import metrics
 from distill.data import Labelled, Pairs, Retrieval
@@ -48,12 +49,16 @@ def similarity_pairs(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"], 
 
 
 def centroid_accuracy(train: Float[Tensor, "n d"], test: Float[Tensor, "m d"], data: Labelled) -> Score:
-    """Accuracy on the test texts of a CosineLinear whose proxies are the mean directions of the classes: no training."""
+    """Accuracy on the test texts of a CosineLinear whose proxies are the mean directions of the classes: no training.
+
+    A class that has no direction, as none of its texts is there, is given to no text.
+    """
     if data.test is None:
         raise ValueError("centroid_accuracy needs labelled test texts.")
     head = CosineLinear(train.shape[1], len(data.names), sigma=False)
+    nn.init.zeros_(head.weight)
     head.imprint(train, torch.tensor(data.labels))
-    logits = head(test)["logits"].detach()
+    logits = head(test)["logits"].detach().masked_fill(~head.weight.any(dim=1), -math.inf)
     return mean_score((logits.argmax(dim=1) == torch.tensor(data.test.labels)).float())
 
 

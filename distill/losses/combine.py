@@ -55,6 +55,11 @@ class WeightedSum(nn.Module):
             raise TypeError(f'WeightedSum takes weights by name, {{"twin": 1.0}}, got {type(weights).__name__}.')
         if not terms or terms.keys() != weights.keys():
             raise ValueError(f"WeightedSum needs a weight for every term, got {[*terms]} and weights {[*weights]}.")
+        wrong = [name for name in terms if not name or "." in name or hasattr(nn.ModuleDict, name)]
+        if wrong:
+            raise ValueError(
+                f"WeightedSum's terms are torch modules, and torch takes no {wrong} for a name. Rename them."
+            )
         self.terms = nn.ModuleDict(terms)
         self.schedules = {name: w if callable(w) else constant(w) for name, w in weights.items()}
         self.uses_bank = any(_uses_bank(term) for term in terms.values())

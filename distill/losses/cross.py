@@ -103,6 +103,12 @@ def check_keys(caller: str, rows: Tensor, bank: Tensor | None, keys: Tensor | No
     _check_keys_of(caller, "keys", keys, rows)
     if bank is not None:
         _check_keys_of(caller, "bank_keys", bank_keys, bank)
+    if keys is None or bank_keys is None or keys.dtype == bank_keys.dtype:
+        return
+    if {keys.dtype, bank_keys.dtype} & {torch.uint16, torch.uint32, torch.uint64}:
+        raise ValueError(
+            f"{caller} compares keys ({keys.dtype}) with bank_keys ({bank_keys.dtype}), and torch does not: give both one dtype."
+        )
 
 
 def _check_keys_of(caller: str, name: str, keys: Tensor | None, rows: Tensor) -> None:

@@ -22,7 +22,6 @@ class WeightAverage:
         self.decay = decay
         self._parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.tensors = {name: value.detach().clone() for name, value in self._parameters.items()}
-
         self._handed_over: set[str] = set()
 
     def share(self, step: int) -> float:
@@ -40,7 +39,8 @@ class WeightAverage:
         """Take in the weights as step `step`, from 0, has left them."""
         here = [name for name in self.tensors if name not in self._handed_over]
         weights = [self._parameters[name].detach() for name in here]
-        torch._foreach_lerp_([self.tensors[name] for name in here], weights, self.share(step))
+        if here:
+            torch._foreach_lerp_([self.tensors[name] for name in here], weights, self.share(step))
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from distill import distributed
 from distill.encoder import Encoder
 from distill.modules import Tokens
 
@@ -22,9 +21,9 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: found[name] if name in found else float(value) for name, value in values.items()}
 
 
-def on_all_processes(loss: float, norm: float, device: torch.device) -> bool:
-    """Whether loss and gradient norm are finite everywhere. Every process gets the same answer."""
-    return not distributed.any_process(not (math.isfinite(loss) and math.isfinite(norm)), device)
+def are_finite(*values: float) -> bool:
+    """Whether all of them are, on this process."""
+    return all(map(math.isfinite, values))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from distill import distributed
+from distill.ahead import sent
 from distill.encoder import Encoder
 from distill.errors import DataError, NumericsError, RecipeError
 from distill.heads import CosineLinear, class_logits, classification_loss, parameter_groups
@@ -166,15 +167,14 @@ class LabelTraining:
         logged = {"loss": value, "loss/labels": parts["labels"], "loss/teacher": parts["teacher"]}
         sums = _sum_over_processes(torch.stack([part.detach().float() for part in logged.values()]))
         self._exchange()
-        values = finite.numbers({**dict(zip(logged, sums, strict=True)), "grad_norm": self._clip()})
+        sigma = {} if self.head.sigma is None else {"sigma": self.head.sigma}
+        values = finite.numbers({**dict(zip(logged, sums, strict=True)), **sigma, "grad_norm": self._clip()})
         norm = values.pop("grad_norm")
-        if not finite.on_all_processes(values["loss"], norm, self.encoder.device):
+        if distributed.any_process(not finite.are_finite(values["loss"], norm), self.encoder.device):
             self._refuse(texts, rows, values["loss"], norm)
         self.optimizer.step()
         self.steps += 1
-        sigma = {} if self.head.sigma is None else {"sigma": float(self.head.sigma.detach())}
-        rate = self.config.learning_rate * rate
-        return {"step": self.steps, **values, **sigma, "lr": rate, "texts": len(rows)}
+        return {"step": self.steps, **values, "lr": self.config.learning_rate * rate, "texts": len(rows)}
 
     def _parts(self, texts: LabelledTexts, rows: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
         """This process's part of the batch's mean cross-entropy, over texts with a label, and of its mean cosine distance."""
@@ -184,13 +184,13 @@ class LabelTraining:
         if not len(mine):
             return parts
         vectors, labels = self.encoder(texts.tokens.rows(mine)), texts.labels[mine]
-        known = labels != NO_LABEL
-        if known.any():
-            share_of_labels = int(known.sum()) / int((texts.labels[rows] != NO_LABEL).sum())
-            output = self.head(vectors[known.to(device)])
-            parts["labels"] = share_of_labels * classification_loss(output, labels[known].to(device))
+        known = (labels != NO_LABEL).nonzero().squeeze(1)
+        if len(known):
+            share_of_labels = len(known) / int((texts.labels[rows] != NO_LABEL).sum())
+            output = self.head(vectors.index_select(0, sent(known, device)))
+            parts["labels"] = share_of_labels * classification_loss(output, sent(labels[known], device))
         if texts.targets is not None and self.config.distillation:
-            targets = texts.targets[mine].to(device)
+            targets = sent(texts.targets[mine], device)
             parts["teacher"] = len(mine) / len(rows) * cosine_distance(vectors, targets)
         return parts
 

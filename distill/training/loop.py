@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -127,14 +128,12 @@ class _Loop:
         log_to = runlog.opened(self.output, self.accelerator, asdict(self.config))
         with stop_signals() as stop, log_to as log, _bar(first, self.steps) as bar:
             for step in range(first, self.steps):
-                last = self._step(step)
+                last, asked, late = self._step(step, lambda: (bool(stop), time.monotonic() - began > limit))
+                done = step + 1
                 texts += last["texts"]
                 log(last)
                 bar.update()
                 bar.set_postfix(loss=f"{last['loss']:.4f}")
-                done, late = step + 1, time.monotonic() - began > limit
-                asked = distributed.any_process(bool(stop), self.accelerator.device)
-                late = limit < math.inf and distributed.any_process(late, self.accelerator.device)
                 if asked or late or done % every == 0 or done == self.steps:
                     self._save(done, last, {"seconds": seconds(), "texts": texts})
                 if asked and done < self.steps:
@@ -150,7 +149,11 @@ class _Loop:
         padding = self.read.padding if self.read.places else None
         return Run(self.student, done, spent, speed, last["loss"], self.output, report, settings, padding)
 
-    def _step(self, step: int) -> dict[str, Any]:
+    def _step(self, step: int, ends: Callable[[], tuple[bool, bool]]) -> tuple[dict[str, Any], bool, bool]:
+        """What is logged of the step, and whether any process found that the run ends with it: asked to, or late.
+
+        All that processes vote on is asked before the update, at once: a device is waited for there anyway, and not again.
+        """
         began = time.monotonic()
         self._progress(step)
         rows = np.concatenate(self.feed.batches(step))
@@ -162,7 +165,9 @@ class _Loop:
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_norm or math.inf)
         terms = {f"loss/{name}": part for name, part in getattr(self.loss, "parts", dict)().items()}
         numbers = finite.numbers({"loss": value, **terms, "grad_norm": norm})
-        if not finite.on_all_processes(numbers["loss"], numbers["grad_norm"], self.accelerator.device):
+        broken = not finite.are_finite(numbers["loss"], numbers["grad_norm"])
+        broken, asked, late = distributed.any_process_each([broken, *ends()], self.accelerator.device)
+        if broken:
             self._refuse(step, rows, numbers["loss"], numbers["grad_norm"])
         rate = self.rate(step + 0.5)
         optimizer.set_rate(self.adamw, rate)
@@ -174,7 +179,7 @@ class _Loop:
             self.anchor.pull(self.config.learning_rate * self.config.table_rate * rate)
         if self.average:
             self.average.update(step)
-        return {
+        entry = {
             "step": step + 1,
             **numbers,
             "lr": self.config.learning_rate * rate,
@@ -183,6 +188,7 @@ class _Loop:
             **self._padding(),
             "seconds": round(time.monotonic() - began, 4),
         }
+        return entry, asked, late
 
     def _padding(self) -> dict[str, float]:
         """Of the step, on this process."""
