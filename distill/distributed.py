@@ -10,7 +10,7 @@ import gc
 import inspect
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,6 +89,14 @@ def agree(value: Any) -> Any:
     box = [value if is_main() else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@torch.no_grad()
+def give_to_all(tensors: Iterable[Tensor]) -> None:
+    """Write the main process's values over everybody's: what was drawn at random differs between processes."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.data, src=0)
 
 
 def main_first(action: Callable[[], Any]) -> Any:

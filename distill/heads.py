@@ -102,7 +102,8 @@ class CosineLinear(nn.Module):
         _grow(self.weight, new)
         state = {} if optimizer is None else optimizer.state.get(self.weight, {})
         for name, value in state.items():
-            if torch.is_tensor(value) and value.ndim == 2 and len(value) == old[0]:  # Adafactor's rows are of width 1
+            by_row = torch.is_tensor(value) and value.shape == old and name != "col_var"  # the two of Adafactor
+            if by_row or name == "row_var":
                 state[name] = torch.cat([value, value.new_zeros(len(new), value.shape[1])])
         self.out_features += n
 

@@ -175,6 +175,17 @@ def test_add_classes_keeps_weights_and_optimizer_state_and_then_trains(build) ->
     assert not torch.equal(head.weight[8:], before[8:])
 
 
+def test_a_head_of_one_class_grows_in_adafactor() -> None:
+    head = CosineLinear(8, 1)
+    optimizer = torch.optim.Adafactor(head.parameters(), lr=0.1)
+    for classes in (1, 2, 4):
+        head.add_classes(classes - head.out_features, optimizer) if classes > 1 else None
+        optimizer.zero_grad()
+        classification_loss(head(torch.randn(16, 8)), torch.randint(classes, (16,))).backward()
+        optimizer.step()
+    assert head.weight.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_loop_that_still_holds_the_loss_of_the_step_before_goes_on(dtype: torch.dtype) -> None:
     head = CosineLinear(8, 3).to(dtype)

@@ -234,25 +234,50 @@ def test_herding_keeps_the_mean_direction_of_each_class() -> None:
     assert sorted(herd(vectors[:3], labels[:3], 9).tolist()) == [0, 1, 2]
 
 
-def trained(model: str) -> dict[str, list[float]]:
+def trained(model: str, labels: list[int], distillation: float) -> dict[str, list[float]]:
     """In one of some processes: the losses of a run, and the weights it ends with, of which each process has a copy."""
     distributed.device()
     start = students.static(Encoder.from_pretrained(model), width=16).double()  # AdamW makes steps of roundings
-    one = training(start, distillation=3.0, epochs=2.0)
+    one = training(start, distillation=distillation, epochs=4.0)
     one.head.double()
     steps: list[dict] = []
-    labels = torch.where(torch.arange(12) % 4 > 0, LABELS, NO_LABEL)
-    one.fit(LabelledTexts(start.tokenize(TEXTS).tokens, labels, start.encode(TEXTS).double()), log=steps.append)
+    targets = start.encode(TEXTS).double()
+    one.fit(LabelledTexts(start.tokenize(TEXTS).tokens, torch.tensor(labels), targets), log=steps.append)
     weights = torch.cat([p.detach().flatten() for p in (*one.encoder.parameters(), *one.head.parameters())])
     return {"losses": [step["loss"] for step in steps], "weights": weights.tolist()}
 
 
-def test_two_processes_train_as_one(tiny_bert: Path, tmp_path: Path) -> None:
-    two = processes.run(trained, 2, tmp_path, model=str(tiny_bert))
+FEW = [0, 1] + 10 * [NO_LABEL]
+
+
+@pytest.mark.parametrize(
+    ("labels", "distillation"),
+    [(torch.where(torch.arange(12) % 4 > 0, LABELS, NO_LABEL).tolist(), 3.0), (FEW, 3.0), (FEW, 0.0)],
+    ids=["most have a label", "batches without a label", "batches without anything"],
+)
+def test_two_processes_train_as_one(tiny_bert: Path, tmp_path: Path, labels: list[int], distillation: float) -> None:
+    settings = {"model": str(tiny_bert), "labels": labels, "distillation": distillation}
+    two = processes.run(trained, 2, tmp_path, **settings)
     assert two[0] == two[1]
-    one = trained(str(tiny_bert))
+    one = trained(**settings)
     assert two[0]["losses"] == pytest.approx(one["losses"], rel=1e-6)
     assert two[0]["weights"] == pytest.approx(one["weights"], abs=1e-9)
+
+
+def heads_drawn_apart(model: str) -> dict[str, list[float]]:
+    """In one of some processes, each with random numbers of its own, as after a training: the head and what it becomes."""
+    distributed.device()
+    start = students.static(Encoder.from_pretrained(model), width=16)
+    torch.manual_seed(distributed.rank())
+    one = LabelTraining(start, CosineLinear(start.width, 2), LabelConfig(distillation=0.0))
+    before = one.head.weight.flatten().tolist()
+    one.add_classes(1)
+    return {"before": before, "after": one.head.weight.flatten().tolist()}
+
+
+def test_processes_share_the_main_ones_head(tiny_bert: Path, tmp_path: Path) -> None:
+    one, two = processes.run(heads_drawn_apart, 2, tmp_path, model=str(tiny_bert))
+    assert one == two
 
 
 # What follows needs a GPU: pytest -m gpu.

@@ -199,6 +199,67 @@ def test_bf16_leaves_a_float32_student_and_a_second_run_may_differ(model: str, s
     np.testing.assert_allclose(curves["no"][0], curves["bf16"][0], rtol=0.05)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_student_may_be_trained_again_in_the_same_precision(
+    model: str, store: Path, tmp_path: Path, precision: str
+) -> None:
+    student, data, stored = runs.prepared(model, store, 40, "layers")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    config = TrainConfig(batch_size=8, mixed_precision=precision)
+    for number in ("first", "second"):
+        student.load_state_dict(before)
+        train(student, data, stored, losses.GramMSE(), config, output=tmp_path / number)
+    assert curve(tmp_path / "first") == curve(tmp_path / "second")
+
+
+def test_accelerate_is_used_as_the_recipe_says_and_left_as_it_was(model: str, store: Path, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    own = Accelerator(gradient_accumulation_steps=4, mixed_precision="bf16", cpu=True)
+    own.gradient_state._set_sync_gradients(False)  # as a loop that ends between two batches leaves it
+    try:
+        run = runs.small_run(model, tmp_path, store=store, kind="static")
+        fresh, *_ = runs.prepared(model, store, 40, "static")
+        assert not torch.equal(run.student.backbone.table, fresh.backbone.table)
+        assert (own.gradient_accumulation_steps, own.sync_gradients, own.mixed_precision) == (4, False, "bf16")
+    finally:
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+
+
+def test_a_launchers_sharded_training_is_refused(
+    model: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator, DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(RecipeError, match=r"the launcher asks for FSDP; .* Launch with --multi_gpu"):
+        runs.small_run(model, tmp_path, store=store, kind="static")
+
+
+def test_what_is_refused_leaves_the_student_as_it_was(model: str, store: Path, tmp_path: Path) -> None:
+    student, data, stored = runs.prepared(model, store, 40, "static")
+    refused = TrainConfig(batch_size=8, table_update="rows", bank_size=8, hard_stage=0.5)
+    with pytest.raises(RecipeError, match="hard-stage"):
+        train(student, data, stored, losses.CosineDistance(), refused, output=tmp_path)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    transformer, data, stored = runs.prepared(model, store, 40, "layers")
+    refused = TrainConfig(batch_size=8, mixed_precision="bf16", start_decay=1.0)
+    with pytest.raises(RecipeError, match="start-decay"):
+        train(transformer, data, stored, losses.CosineDistance(), refused, output=tmp_path)
+    assert "forward" not in vars(transformer)
+
+
+def test_the_terms_that_are_logged_add_up_to_the_loss_of_all_batches(model: str, store: Path, tmp_path: Path) -> None:
+    student, data, stored = runs.prepared(model, store, 38, "static")
+    loss = losses.WeightedSum({"kl": losses.CrossKL(), "near": losses.CosineDistance()}, {"kl": 2.0, "near": 0.5})
+    config = TrainConfig(batch_size=8, accumulation=3, epochs=2.0)
+    train(student, data, stored, loss, config, output=tmp_path)
+    for entry in log(tmp_path):
+        assert entry["loss"] == pytest.approx(2.0 * entry["loss/kl"] + 0.5 * entry["loss/near"], rel=1e-5)
+
+
 def test_vectors_that_were_set_aside_are_not_trained_on(model: str, tmp_path: Path) -> None:
     teacher, texts = runs.teacher(model), ["", *runs.texts(20)]
     stored = embed(texts, teacher, tmp_path / "store")
@@ -279,6 +340,10 @@ def test_a_run_that_runs_out_of_memory_is_one_with_a_smaller_micro_batch(
     runs.small_run(model, tmp_path / "run", store=store, micro_batch=micro_batch, **options)
     assert_same_state(tmp_path / "run", tmp_path / "small")
     assert capsys.readouterr().err.count("out of memory with") == (2 if micro_batch is None else 1)
+    monkeypatch.undo()  # its size stays what memory was enough for: the masks of dropout follow it
+    cut_behind(tmp_path / "run", tmp_path / "resumed", 3)
+    runs.small_run(model, tmp_path / "resumed", store=store, micro_batch=micro_batch, resume=True, **options)
+    assert_same_state(tmp_path / "resumed", tmp_path / "small")
 
 
 def test_a_text_that_does_not_fit_ends_the_run_with_a_way_out(
@@ -699,6 +764,13 @@ def test_losses_are_told_apart_by_their_options() -> None:
     assert loop._describe(losses.cross_kl) == "cross_kl"
     assert "0x" not in loop._describe(partial(losses.cross_kl))
 
+    def summed(weight: float | losses.Schedule) -> str:
+        return loop._describe(
+            losses.WeightedSum({"a": losses.CrossKL(), "b": losses.GramMSE()}, {"a": 1.0, "b": weight})
+        )
+
+    assert len({summed(weight) for weight in (1.0, losses.linear_decay(1.0, 0.9), losses.linear_decay(1.0, 0.5))}) == 3
+
 
 # The average, rates, the pull to the start, and the hard stage
 
@@ -850,11 +922,11 @@ def stopping(model: str, output: str, store: str, signals: list[int], at: int, *
 
     step = loop._Loop._step
 
-    def interrupted(self: Any, number: int) -> dict[str, Any]:
+    def interrupted(self: Any, number: int, ends: Any) -> Any:
         if number == at and distributed.rank() == distributed.world_size() - 1:
             for one in signals:
                 os.kill(os.getpid(), one)
-        return step(self, number)
+        return step(self, number, ends)
 
     loop._Loop._step = interrupted  # type: ignore[method-assign]
     try:

@@ -174,6 +174,18 @@ def test_the_flags_of_a_recipe_are_found(program: str, expected: tuple[str, bool
     assert training_flags(ROOT / "recipes" / f"{program}.py") == expected
 
 
+def test_a_recipe_may_import_a_file_beside_it_and_put_its_annotations_off(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("from distill.training import TrainConfig\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside import TrainConfig\n"
+        "@dataclass\nclass Recipe:\n    output: str\n    learn: TrainConfig\n"
+    )
+    assert training_flags(tmp_path / "mine.py") == ("--learn.", True)
+    (tmp_path / "other.py").write_text("import a_package_that_is_not_there\n")
+    with pytest.raises(RecipeError, match=r"other\.py cannot be imported: .*a_package_that_is_not_there"):
+        training_flags(tmp_path / "other.py")
+
+
 def test_what_cannot_be_resumed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(RecipeError, match="has no dataclass with `output`, and with `steps` and `resume`"):
         training_flags(ROOT / "recipes" / "classify.py")
@@ -182,7 +194,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "there is no recipe" in capsys.readouterr().err
     (tmp_path / "broken.py").write_text("import sys\ndef main(:\n")
     assert main([str(tmp_path / "broken.py")]) == 2
-    assert re.search(r"broken.py is no Python program: .*line 2", capsys.readouterr().err)
+    assert re.search(r"broken.py cannot be imported: .*line 2", capsys.readouterr().err)
 
 
 # What counts as a difference

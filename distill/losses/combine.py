@@ -111,7 +111,13 @@ class WeightedSum(nn.Module):
         return dict(self._parts)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={weight:g}" for name, weight in self.weights().items())
+        return ", ".join(f"{name}={_told(schedule)}" for name, schedule in self.schedules.items())
+
+
+def _told(schedule: Schedule) -> str:
+    """A constant weight, or the weights at each quarter of a run: it says the same at any progress."""
+    weights = [f"{schedule(quarter / 4):g}" for quarter in range(5)]
+    return weights[0] if len(set(weights)) == 1 else ":".join(weights)
 
 
 class Matryoshka(nn.Module):

@@ -1,6 +1,7 @@
 """--plan: what a run will need, printed before it is begun."""
 
 import contextlib
+import math
 import resource
 import shutil
 import sys
@@ -43,8 +44,8 @@ def plan(
 ) -> None:
     """Print memory and disk of a run, then, once these are known, its time; nothing is written but a temporary folder.
 
-    `teacher` lies on the CPU; the others are as the run gets them. The device
-    is first touched for the rehearsal, and not at all if the run does not fit on it.
+    `teacher` lies on the CPU; the others are as the run gets them. Nothing is put on the device before the rehearsal, and nothing at all if
+    the run does not fit there.
     """
     by_role: ByRole = dict(texts_by_role(texts))
     sample, device = some_of(by_role, config), distributed.device()
@@ -62,8 +63,8 @@ def plan(
         vectors = _vectors(teacher, kind, missing, stores, Format.parse(store_as or "float16"))
         files = arithmetic.disk(scene.student, config, steps, world=distributed.world_size())
         _say("Disk", vectors | files, _bytes)
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-        if free is not None and sum(memory.values()) > free:
+        free = min(distributed.gather_objects(_free(device)))
+        if sum(memory.values()) > free:
             _print(f"It does not fit: {_bytes(free)} are free. Try a smaller --train.micro-batch.")
             return
         speeds = rehearse(teacher, scene, loss, config, folder)
@@ -71,6 +72,11 @@ def plan(
             f"Time, from a rehearsal of {arithmetic.STEPS} steps", _time(speeds, config, steps, missing, data), _minutes
         )
         _print(f"Most memory of this process in the rehearsal: {_bytes(_most(device))}")
+
+
+def _free(device: torch.device) -> float:
+    """Bytes. On a CPU as many as are asked for: the system lends them, and takes them back from others."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class Feed:
         self.steps = steps
         self._neighbours: np.ndarray | None = None
         self._coming: Generator[list[_Read], None, None] | None = None
+        self._terms: dict[int, dict[str, Any]] = {}  # of the step's batches, by their number
         if getattr(loss, "uses_bank", False):
             return
         if config.hard_stage:
@@ -62,7 +64,14 @@ class Feed:
         """This process's rows of each of the step's batches, with their losses. Steps are asked for one after the other."""
         reads = self._coming_reads(step)
         total = sum(read.texts for read in reads)
-        return [self._part(read, total) for read in reads]
+        self._terms.clear()
+        return [self._part(number, read, total) for number, read in enumerate(reads)]
+
+    def terms(self) -> dict[str, Any]:
+        """The terms of the step's loss by name, if it has `parts`: each the mean over the batches, by rows, as the loss is."""
+        batches = self._terms.values()
+        names = dict.fromkeys(name for terms in batches for name in terms)
+        return {name: sum(terms[name] for terms in batches if name in terms) for name in names}
 
     def close(self) -> None:
         """End the thread that reads ahead, if there is one."""
@@ -100,17 +109,20 @@ class Feed:
         vectors = self.store.take_stored(self.data.rows[rows])
         return vectors.pin_memory() if self.device.type == "cuda" else vectors
 
-    def _part(self, read: "_Read", total: int) -> BatchPart:
+    def _part(self, number: int, read: "_Read", total: int) -> BatchPart:
         """The step has `total` rows."""
         most = -(-read.texts // distributed.world_size())
-        return BatchPart(read.tokens, read.count, most, partial(self._loss, read, read.texts / total))
+        return BatchPart(read.tokens, read.count, most, partial(self._loss, number, read, read.texts / total))
 
-    def _loss(self, read: "_Read", weight: float, vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+    def _loss(self, number: int, read: "_Read", weight: float, vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
         teacher = self._here(read.teacher).float()
         keys = self._here(read.keys) if getattr(self.loss, "uses_bank", False) else None
         bank = None if read.bank is None else self._here(read.bank).float()
         bank_keys = None if read.bank_keys is None else self._here(read.bank_keys)
-        return weight * distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)
+        value = distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)
+        parts = getattr(self.loss, "parts", dict)()
+        self._terms[number] = {name: weight * part for name, part in parts.items()}
+        return weight * value
 
     def _here(self, tensor: Tensor) -> Tensor:
         return sent(tensor, self.device)

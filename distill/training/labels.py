@@ -116,6 +116,7 @@ class LabelTraining:
                 f"the head reads vectors of width {head.in_features}, {encoder.name} gives {encoder.width}."
             )
         self.encoder, self.head, self.config, self.steps = encoder, head.to(encoder.device), config, 0
+        distributed.give_to_all([*encoder.parameters(), *head.parameters()])
         groups = parameter_groups(
             nn.ModuleList([encoder, head]),
             lr=config.learning_rate,
@@ -128,6 +129,7 @@ class LabelTraining:
     def add_classes(self, n: int) -> None:
         """Give the head n classes more; proxies, optimizer state and steps of the others stay."""
         self.head.add_classes(n, self.optimizer)
+        distributed.give_to_all([self.head.weight])
 
     def fit(
         self, texts: LabelledTexts, *, fixed_classes: int = 0, log: Log | None = None, progress: str = "labels"
@@ -195,11 +197,15 @@ class LabelTraining:
         return parts
 
     def _exchange(self) -> None:
-        if distributed.world_size() > 1:
-            for parameter in (*self.encoder.parameters(), *self.head.parameters()):
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    dist.all_reduce(parameter.grad)
+        """Sum gradients over processes. One that no process has stays None, as without others: AdamW leaves its parameter alone."""
+        if distributed.world_size() == 1:
+            return
+        trained = [p for p in (*self.encoder.parameters(), *self.head.parameters()) if p.requires_grad]
+        learned = distributed.any_process_each([p.grad is not None for p in trained], self.encoder.device)
+        for parameter, any_has in zip(trained, learned, strict=True):
+            if any_has:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad)
 
     def _clip(self) -> Float[Tensor, ""]:
         """Clip the encoder's gradient; the norm of the whole one as it was."""

@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 
 from distill import distributed, files, runlog
 from distill.encoder import Encoder
-from distill.errors import IntegrityError, NumericsError, RecipeError, Stopped
+from distill.errors import IntegrityError, NumericsError, Stopped
 from distill.modules import Reading, TransformerBackbone
 from distill.store import Store
 from distill.training import checkpoint, execution, finite, optimizer, sampling
+from distill.training.acceleration import accelerator_of
 from distill.training.averaging import WeightAverage
 from distill.training.examples import Examples
 from distill.training.feed import Feed, Loss
@@ -73,14 +74,23 @@ def train(
     that is not finite stops all processes before the update (NumericsError, rows in OUTPUT/non-finite.json). Ctrl-C and
     SIGTERM finish the step, save, and raise Stopped.
     """
-    return _Loop(student, data, store, loss, config, Path(output)).run(seconds)
+    with accelerator_of(config, Path(output)) as accelerator:
+        return _Loop(student, data, store, loss, config, Path(output), accelerator).run(seconds)
 
 
 class _Loop:
-    def __init__(self, student: Encoder, data: Examples, store: Store, loss: Loss, config: TrainConfig, output: Path):
+    def __init__(
+        self,
+        student: Encoder,
+        data: Examples,
+        store: Store,
+        loss: Loss,
+        config: TrainConfig,
+        output: Path,
+        accelerator: "Accelerator",
+    ):
         self.student, self.data, self.store, self.loss = student, data, store, loss
-        self.config, self.output = config, output
-        self.accelerator = _accelerator(config, output)
+        self.config, self.output, self.accelerator = config, output, accelerator
         torch.manual_seed(config.seed + distributed.rank())
         per_epoch = sampling.steps_per_epoch(len(data), config.batch_size, config.accumulation)
         self.steps = config.steps or max(1, round(config.epochs * per_epoch))
@@ -90,14 +100,15 @@ class _Loop:
         self.adamw = optimizer.adamw(student, config)
         self.rate = optimizer.rate_of(self.adamw, config, self.steps)
         self.average = WeightAverage(student, config.ema_decay) if config.ema_decay else None
+        self.feed = Feed(data, store, loss, config, steps=self.steps, device=self.accelerator.device)
+        self.anchor = optimizer.anchor_of(student, data.tokens.ids, config)
+        self.read = Reading()  # by the student, in this run
+        # From here on the student is changed, until the end of `run`: what cannot be run has been refused before.
         self.rows = optimizer.rows_of(student, self.adamw, config, self.average)
         self.model, self.optimizer = self.accelerator.prepare(student, self.adamw)
         self.gradients = StepGradients(
             student, self.model, micro_batch=config.micro_batch or config.batch_size, device=self.accelerator.device
         )
-        self.feed = Feed(data, store, loss, config, steps=self.steps, device=self.accelerator.device)
-        self.anchor = optimizer.anchor_of(student, data.tokens.ids, config)
-        self.read = Reading()  # by the student, in this run
 
     def run(self, seconds: float) -> Run:
         try:
@@ -105,7 +116,7 @@ class _Loop:
                 return self._run(seconds)
         finally:
             self.feed.close()
-            for name in ("forward", "_original_forward"):  # Accelerate's, over the class's own, for mixed precision
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # for mixed precision
                 vars(self.student).pop(name, None)
             if self.rows:
                 self.rows.give_back()
@@ -163,7 +174,7 @@ class _Loop:
         if self.rows:
             self.rows.exchange()
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_norm or math.inf)
-        terms = {f"loss/{name}": part for name, part in getattr(self.loss, "parts", dict)().items()}
+        terms = {f"loss/{name}": part for name, part in self.feed.terms().items()}
         numbers = finite.numbers({"loss": value, **terms, "grad_norm": norm})
         broken = not finite.are_finite(numbers["loss"], numbers["grad_norm"])
         broken, asked, late = distributed.any_process_each([broken, *ends()], self.accelerator.device)
@@ -245,6 +256,8 @@ class _Loop:
                 print(f"no checkpoint in {folder}: from the first step", file=sys.stderr)
             return 0, *nothing
         distributed.main_first(partial(checkpoint.tidy, folder, found.step, self.config.keep_checkpoints))
+        fitting = self.gradients.micro_batch
+        fitting.size = min(fitting.size, found.state.get("micro_batch", fitting.size))
         return found.step, found.state["last"], found.state.get("spent", nothing[1])
 
     def _refuse_other(self, state: dict[str, Any]) -> None:
@@ -268,6 +281,8 @@ class _Loop:
 
     def _save(self, step: int, last: dict[str, Any], spent: dict[str, Any]) -> None:
         folder, state = self.output / "checkpoints", {"identity": self.identity, "last": last, "spent": spent}
+        if (fitting := self.gradients.micro_batch.size) < (self.config.micro_batch or self.config.batch_size):
+            state["micro_batch"] = fitting  # what memory was enough for
         keep, further = self.config.keep_checkpoints, self._kept()
         distributed.main_first(partial(runlog.sync, self.output))
         checkpoint.save(folder, step, self.student, self.adamw, state, keep=keep, further=further)
@@ -278,29 +293,6 @@ class _Loop:
             f"stopped after step {step} of {self.steps}; everything is saved. Run the same command with --train.resume to go on.",
             128 + number,
         )
-
-
-def _accelerator(config: TrainConfig, output: Path) -> "Accelerator":
-    """Accelerate as this recipe says, whatever an earlier run in this process or the launcher's settings said."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import GradientAccumulationPlugin
-
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    absent = [name for name in config.trackers if name not in installed]
-    if absent:
-        raise RecipeError(
-            f"{', '.join(absent)}: not an installed tracker; installed are {', '.join(installed) or 'none'}. pip install it."
-        )
-    distributed.device()
-    AcceleratorState._reset_state()  # else a second run of a notebook must have the first one's precision
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=list(config.trackers) or None,
-        project_dir=str(output),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # a step weighs its batches itself
-    )
 
 
 def _describe(loss: Loss) -> str:

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from distill.errors import RecipeError
 
-# Settings that may differ between a run and its continuation: they change no step of it.
+# Settings that may differ between a run and its continuation: they change no step of it but by rounding, and, where a micro-batch is
+# another, by what dropout drops.
 _FREE = ("micro_batch", "resume", "save_every", "keep_checkpoints", "trackers", "gradient_checkpointing", "read_ahead")
 # Settings that are part of a run only where they are not at their default: runs from before there were any go on.
 _ADDED = (

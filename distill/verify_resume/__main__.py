@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from distill.errors import DistillError, IntegrityError, RecipeError, reported
 from distill.verify_resume.comparing import compare, last_logged, saved_steps
@@ -110,7 +110,7 @@ def _trial(options: argparse.Namespace) -> Trial:
 def training_flags(recipe: Path) -> tuple[str, bool]:
     """What a recipe's flags `steps` and `resume` begin with, and whether it has `save_every`. Imports the recipe.
 
-    RecipeError for one with a syntax error, and for a program without a dataclass that has `output`, and `steps` and `resume` itself or in one of its groups.
+    RecipeError for one that cannot be imported, and for a program without a dataclass that has `output`, and `steps` and `resume` itself or in one of its groups.
     """
     if not recipe.is_file():
         raise RecipeError(f"there is no recipe {recipe}.")
@@ -119,14 +119,18 @@ def training_flags(recipe: Path) -> tuple[str, bool]:
         raise RecipeError(f"{recipe} is no Python program.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    sys.path.insert(0, str(recipe.resolve().parent))  # as Python does for a program that it runs
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise RecipeError(f"{recipe} is no Python program: {error}.") from error
+    except (SyntaxError, ImportError) as error:
+        raise RecipeError(f"{recipe} cannot be imported: {error}.") from error
+    finally:
+        sys.path.pop(0)
     for kind in vars(module).values():
         if not dataclasses.is_dataclass(kind) or getattr(kind, "__module__", "") != spec.name:
             continue
-        fields = {field.name: field.type for field in dataclasses.fields(kind)}
+        hints = get_type_hints(kind)
+        fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
         for prefix, names in [("--", set(fields)), *_groups(fields)]:
             if "output" in fields and {"steps", "resume"} <= names:
                 return prefix, "save_every" in names

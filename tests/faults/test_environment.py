@@ -146,9 +146,9 @@ def slow_recipe(recipe: Slow) -> None:
     """A run of short steps."""
     step = loop._Loop._step
 
-    def slowly(self: Any, number: int) -> dict[str, Any]:
+    def slowly(self: Any, number: int, ends: Any) -> Any:
         time.sleep(0.1)
-        return step(self, number)
+        return step(self, number, ends)
 
     loop._Loop._step = slowly  # type: ignore[method-assign]
     options = {"epochs": recipe.train.epochs, "save_every": 1, "resume": recipe.train.resume}
