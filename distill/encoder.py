@@ -83,8 +83,8 @@ class Encoder(nn.Module):
     ) -> "Encoder":
         """An encoder from a local folder, the Hub, or an installed weight package (`hub.resolve_model`), float32, in eval mode.
 
-        A folder without modules.json is a bare transformer: mean pooling, no normalisation, as sentence-transformers
-        reads it. `max_length` (tokens) overrides the folder's own. A module it does not know raises RecipeError.
+        A folder without modules.json is a bare transformer: mean pooling (of a causal language model the last token), no
+        normalisation, as sentence-transformers reads it, but for the chat template that it puts texts into. `max_length` (tokens) overrides the folder's own. A module it does not know raises RecipeError.
         """
         if not isinstance(name, str | os.PathLike):
             raise TypeError(f"Encoder.from_pretrained takes a folder or a name, got {_kind_and_way(name)}")
@@ -137,8 +137,7 @@ class Encoder(nn.Module):
             return Tokenized(Tokens.from_lists([]), [], [])
         refuse_what_is_no_text(texts)
         texts = [prompt + text for text in texts]
-        keeps_end = getattr(self.tokenizer, "truncation_side", "right") == "left"
-        parts = texts if keeps_end else beginnings(texts, self.max_length, _backend(self.tokenizer))
+        parts = texts if self._keeps_end else beginnings(texts, self.max_length, _backend(self.tokenizer))
         rows = self._rows(parts)
         again = [i for i, (_, cut, _) in enumerate(rows) if not cut and len(parts[i]) < len(texts[i])]
         if again:
@@ -146,6 +145,11 @@ class Encoder(nn.Module):
                 rows[i] = row
         ids, truncated, empty = zip(*rows, strict=True)
         return Tokenized(Tokens.from_lists(ids), list(truncated), list(empty))
+
+    @property
+    def _keeps_end(self) -> bool:
+        """Whether a text above max_length loses its beginning. A static table's loses its end."""
+        return getattr(self.tokenizer, "truncation_side", "right") == "left"
 
     def _rows(self, texts: Sequence[str]) -> list[tuple[list[int], bool, bool]]:
         """Of each text its tokens, whether there were more, and whether it has none of its own."""
@@ -178,6 +182,9 @@ class Encoder(nn.Module):
         Runs in eval mode (the mode before is restored), sorted by length inside windows of 16,384 texts, each of which is
         tokenized while the one before is computed.
         """
+        refuse_one_text(texts)
+        texts = texts if isinstance(texts, Sequence) else list(texts)
+        refuse_what_is_no_text(texts)
         vectors = torch.empty(len(texts), self.width)
         bar = tqdm(
             total=len(texts),
@@ -235,6 +242,7 @@ class Encoder(nn.Module):
             "max_length": self.max_length,
             "lowercase": int(self.lowercase),
             "compute_dtype": self.compute_dtype,
+            **({"truncation_side": "left"} if self._keeps_end else {}),
         }
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -45,6 +45,7 @@ def published_folder(path: Path) -> Iterator[Path]:
     An existing folder at `path` changes places with the new one and is removed then. Where the file system cannot exchange
     two folders it is moved aside first, and put back if that fails; after a kill in between, the next call puts it back.
     """
+    path = path.resolve()  # of a link, what it points to
     path.parent.mkdir(parents=True, exist_ok=True)
     _put_back(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -90,6 +91,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 def recover(path: Path) -> None:
     """Mend what killed writers of a folder left: put back what was moved aside, delete what is unfinished. Nobody may be writing there."""
+    path = path.resolve()
     _put_back(path)
     remove_unfinished(path.parent, glob.escape(path.name))
 
@@ -111,7 +113,7 @@ def remove_folder(path: Path) -> None:
 def remove_unfinished(folder: Path, name: str) -> None:
     """Delete what killed writers of `name` (a pattern) left in a folder. Nobody may be writing there."""
     for item in [*folder.glob(f".{name}.{_RANDOM}"), *folder.glob(f".{name}.{_RANDOM}.old")]:
-        shutil.rmtree(item) if item.is_dir() else item.unlink(missing_ok=True)
+        shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

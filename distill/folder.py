@@ -26,6 +26,24 @@ SETTINGS = "config_sentence_transformers.json"
 OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}  # put into a folder by whoever shows it
 UNLIMITED = 10**9  # max_length of a static table: it has no positions to run out of
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}  # AutoModel adds the decoder
+# Where releases of sentence-transformers have put max_seq_length: by the name of the model, at first.
+_SETTINGS_NAMES = [
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+]
+_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}  # how its modality_config says: as a text
+_OF_LOADING = {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "device_map", "low_cpu_mem_usage"}
+_OF_TOKENIZING = {"trust_remote_code", "use_fast", "padding_side"}
+# Arguments that may stand in those settings, with what changes no vector.
+_ARGUMENTS: dict[str, set[str]] = {
+    "model_args": _OF_LOADING,
+    "model_kwargs": _OF_LOADING,
+    "config_args": {"trust_remote_code"},
+    "config_kwargs": {"trust_remote_code"},
+    "tokenizer_args": _OF_TOKENIZING,
+    "processor_kwargs": _OF_TOKENIZING,
+    "processing_kwargs": set(),
+}
 _LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -254,26 +272,61 @@ def _read_static(folder: Path, options: dict[str, Any]) -> Parts:
 
 
 def _read_transformer(folder: Path, pooling_folder: Path | None, options: dict[str, Any]) -> Parts:
-    settings = read_json(folder / "sentence_bert_config.json", {})
+    settings = _read_settings(folder)
     tokenizer, model = _load_transformer(folder)
     config = model.config
     two_halves = config.is_encoder_decoder and type(model).__name__ not in _ENCODERS.values()
     if two_halves or not isinstance(getattr(config, "hidden_size", None), int):
         raise RecipeError(f"{folder} holds a {type(model).__name__}; expected an encoder or a decoder of texts alone.")
     config.use_cache = False  # of keys and values, for a text that goes on: never here
-    positions = getattr(config, "max_position_embeddings", None)
-    limits = [int(limit) for limit in (tokenizer.model_max_length, positions) if limit and 0 < limit < UNLIMITED]
-    max_length = settings.get("max_seq_length") or min(limits, default=512)
-    pooling = _read_pooling(pooling_folder, config.hidden_size, options["prompts"])
+    asked = settings.get("max_seq_length")
+    limits = [int(limit) for limit in (asked or tokenizer.model_max_length, _positions(model)) if limit and limit > 0]
+    max_length = min((limit for limit in limits if limit < UNLIMITED), default=512)
+    usual = "lasttoken" if pooling_folder is None and _is_causal(config) else "mean"
+    pooling = _read_pooling(pooling_folder, config.hidden_size, options["prompts"], usual)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (config.pad_token_id or 0)
-    lowercase = bool(settings.get("do_lower_case"))
+    known = 0 <= pad < model.get_input_embeddings().num_embeddings
     return Parts(
-        backbone=TransformerBackbone(model, pooling, pad_id=int(pad)),
+        backbone=TransformerBackbone(model, pooling, pad_id=int(pad) if known else 0),  # padding is masked
         tokenizer=tokenizer,
         max_length=max_length,
-        lowercase=lowercase,
+        lowercase=bool(settings.get("do_lower_case")),
         **options,
     )
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """How texts are cut and written. RecipeError for a setting by which sentence-transformers makes other vectors than distill would."""
+    path = next((path for name in _SETTINGS_NAMES if (path := folder / name).exists()), folder / _SETTINGS_NAMES[0])
+    settings = read_json(path, {})
+    modalities = settings.get("modality_config") or {"text": _TEXT}
+    unlike = [name for name in ("query_length", "document_length", "query_expansion") if settings.get(name)]
+    unlike += (
+        [] if settings.get("transformer_task", "feature-extraction") == "feature-extraction" else ["transformer_task"]
+    )
+    unlike += [] if "message" not in modalities and modalities.get("text") == _TEXT else ["modality_config"]
+    for name, harmless in _ARGUMENTS.items():
+        unlike += [f"{name}.{key}" for key in settings.get(name) or {} if key not in harmless]
+    if unlike:
+        raise RecipeError(
+            f"{path} sets {', '.join(unlike)}, which changes how texts are read, and which distill does not do. Its vectors would "
+            "be others than sentence-transformers'."
+        )
+    return settings
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many tokens a model has positions for. RoBERTa and its like count them from behind that of the padding."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    tables = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+    behind = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return positions - max(behind, default=0) if positions else None
+
+
+def _is_causal(config: Any) -> bool:
+    """Whether the whole model writes on from left to right, so that only its last token has read the text."""
+    names = config.architectures or [""]
+    return names[0].endswith("ForCausalLM") and getattr(config, "is_causal", True)
 
 
 def _load_transformer(folder: Path) -> tuple[Any, Any]:
@@ -344,11 +397,11 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_pooling(folder: Path | None, hidden: int, prompts: Mapping[str, str]) -> Pooling:
+def _read_pooling(folder: Path | None, hidden: int, prompts: Mapping[str, str], usual: str) -> Pooling:
     if folder and not (folder / "config.json").exists():
         raise IntegrityError(f"{folder}/config.json is missing: it says how to pool. Fetch the model again.")
     config = read_json(folder / "config.json", {}) if folder else {}
-    modes: Any = config.get("pooling_mode") or _legacy_modes(config) or ["mean"]
+    modes: Any = config.get("pooling_mode") or _legacy_modes(config) or [usual]
     if any(prompts.values()) and not config.get("include_prompt", True):
         raise RecipeError(
             f"{folder}/config.json leaves the prompt out of the pooling (include_prompt=false), which distill does not do."

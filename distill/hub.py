@@ -63,16 +63,32 @@ def resolve_model(
     if folder.is_dir():
         check_folder(folder)
         return ModelSource(path=folder.resolve(), name=name, commit=None, origin="folder")
-    if not HUB_NAME.fullmatch(name):
+    if not HUB_NAME.fullmatch(name) or not all(map(_may_be_on_the_hub, _names(name))):
         raise ResourceError(
             f"There is no folder {name!r} (looked at {folder.absolute()}), and it is no Hub name (ORG/NAME) either."
         )
     hub = _Hub(token=token, cache_dir=cache_dir, offline=is_offline() if offline is None else offline)
-    names = [name] if "/" in name else [f"sentence-transformers/{name}", name]
+    names = _names(name)
     for candidate in names:
         if found := _pinned(hub, candidate, revision):
             return found
     return _looked_up(hub, names, revision)
+
+
+def _names(name: str) -> list[str]:
+    """What a name may stand for on the Hub."""
+    return [name] if "/" in name else [f"sentence-transformers/{name}", name]
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def dataset_commit(name: str, *, revision: str | None = None, token: str | None = None) -> str | None:

@@ -1,9 +1,11 @@
 """A teacher runs once per text, on any number of processes, killed or not; the bits do not depend on it."""
 
 import json
+import math
 import threading
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,6 +164,30 @@ def test_one_text_is_no_list_of_its_letters(teacher: Encoder, tmp_path: Path) ->
     ):
         with pytest.raises(DataError, match=r"got one text, 'hello'\. Put it in a list"):
             call()
+
+
+@pytest.mark.parametrize(
+    "wrong", [math.nan, None, 7, "half \ud83d"], ids=["NaN", "None", "number", "half a surrogate pair"]
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_text_is_named_before_the_teacher_runs(
+    wrong: Any, teacher: Encoder, counted: Counted, tmp_path: Path
+) -> None:
+    texts = [*runs.texts(20), wrong]
+    for call in (
+        partial(embed, texts, teacher, tmp_path / "store"),
+        partial(import_vectors, texts, np.zeros((21, teacher.width)), teacher, tmp_path / "store"),
+        partial(teacher.encode, texts),
+    ):
+        with pytest.raises(DataError, match=r"text 20 (is|holds half)"):
+            call()
+    assert not counted.texts
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_texts_may_come_one_by_one(teacher: Encoder, tmp_path: Path) -> None:
+    assert len(embed(iter(runs.texts(9)), teacher, tmp_path / "store")) == 9  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("directions", [1, 2])

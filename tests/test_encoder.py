@@ -138,12 +138,108 @@ def test_the_real_teachers(model: str) -> None:
 
 
 def test_a_bare_transformer_is_pooled_by_the_mean(copy_of: Callable[..., Path], tiny_bert: Path) -> None:
-    folder = copy_of(tiny_bert)
-    for path in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
-        (folder / path).unlink()
+    folder = bare(copy_of(tiny_bert))
     ours = Encoder.from_pretrained(folder)
     assert (ours.width, len(ours.head), ours.max_length) == (tiny.WIDTH, 0, tiny.MAX_LENGTH)
     assert gap(ours.encode(TEXTS), theirs(folder).encode(TEXTS, convert_to_tensor=True)) <= TOLERANCE
+
+
+def bare(folder: Path) -> Path:
+    for path in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        (folder / path).unlink(missing_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize("change", [{}, {"is_causal": False}], ids=str)
+def test_a_bare_causal_language_model_is_pooled_as_sentence_transformers_does(
+    copy_of: Callable[..., Path], tiny_qwen: Path, change: dict[str, Any]
+) -> None:
+    folder = bare(copy_of(tiny_qwen))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen2ForCausalLM"], **change}))
+    ours, texts = Encoder.from_pretrained(folder), readable(folder)
+    assert list(ours.backbone.pooling.modes) == (["mean"] if change else ["lasttoken"])
+    assert gap(ours.encode(texts), theirs(folder).encode(texts, convert_to_tensor=True)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "roberta"])
+def test_positions_that_begin_behind_the_padding_do_not_run_out(
+    kind: str, copy_of: Callable[..., Path], tiny_model: Callable[..., Path]
+) -> None:
+    folder = copy_of(tiny_model(kind, layers=2))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("model_max_length", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for asked in (None, tiny.MAX_LENGTH + 2, 5):
+        if asked is None:
+            (folder / "sentence_bert_config.json").unlink()
+        else:
+            (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": asked}))
+        encoder = Encoder.from_pretrained(folder)
+        assert encoder.max_length == (5 if asked == 5 else tiny.MAX_LENGTH)
+        assert encoder.encode([3 * LONG]).isfinite().all()
+
+
+@pytest.mark.parametrize("pad", [-1, 10_000])
+def test_a_padding_that_the_table_does_not_have_is_another_one(
+    copy_of: Callable[..., Path], tiny_qwen: Path, pad: int
+) -> None:
+    folder = copy_of(tiny_qwen)
+    expected = Encoder.from_pretrained(folder).encode(TEXTS[:4])
+    config, settings = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "pad_token"}))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    encoder = Encoder.from_pretrained(folder)
+    assert encoder.tokenizer.pad_token_id is None
+    assert gap(encoder.encode(TEXTS[:4]), expected) <= TOLERANCE
+
+
+def test_settings_are_found_under_their_older_names(copy_of: Callable[..., Path], tiny_bert: Path) -> None:
+    folder = copy_of(tiny_bert)
+    (folder / "sentence_bert_config.json").unlink()
+    (folder / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": 7}))
+    assert Encoder.from_pretrained(folder).max_length == theirs(folder).max_seq_length == 7
+
+
+AS_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"modality_config": {"text": AS_TEXT}, "module_output_name": "token_embeddings"}, None),
+        ({"model_args": {"dtype": "bfloat16"}, "tokenizer_args": {"padding_side": "left"}, "query_length": None}, None),
+        ({"modality_config": {"text": AS_TEXT, "message": AS_TEXT}}, "modality_config"),
+        ({"modality_config": {"text": AS_TEXT | {"method_output_name": "logits"}}}, "modality_config"),
+        ({"query_length": 32, "document_length": 256}, "query_length, document_length"),
+        ({"transformer_task": "fill-mask"}, "transformer_task"),
+        ({"config_args": {"is_causal": False}}, "config_args.is_causal"),
+        ({"processing_kwargs": {"text": {"add_special_tokens": False}}}, "processing_kwargs.text"),
+    ],
+    ids=str,
+)
+def test_settings_that_change_how_texts_are_read_are_refused(
+    copy_of: Callable[..., Path], tiny_bert: Path, settings: dict[str, Any], named: str | None
+) -> None:
+    folder = copy_of(tiny_bert)
+    path = folder / "sentence_bert_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    if named is None:
+        Encoder.from_pretrained(folder)
+    else:
+        with pytest.raises(RecipeError, match=f"sentence_bert_config.json sets {named}, which changes how texts"):
+            Encoder.from_pretrained(folder)
+
+
+def test_which_end_of_a_text_is_cut_is_in_the_fingerprint(copy_of: Callable[..., Path], tiny_bert: Path) -> None:
+    folder = copy_of(tiny_bert)
+    before = Encoder.from_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"truncation_side": "left"}))
+    after = Encoder.from_pretrained(folder)
+    assert gap(after.encode([LONG]), before.encode([LONG])) > 1e-3
+    assert after.fingerprint() == before.fingerprint() | {"truncation_side": "left"}
 
 
 def test_prompts_are_chosen_as_sentence_transformers_chooses(tiny_model: Callable[..., Path]) -> None:

@@ -100,6 +100,19 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_a_folder_that_a_link_points_to_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "place").mkdir()
+    path, real = tmp_path / "place" / "model", tmp_path / "disk" / "student"
+    path.symlink_to(real)
+    for content in ("old", "new"):  # where nothing is yet, and where a folder is
+        _publish(path, content)
+        assert path.is_symlink()
+        assert (real / "a").read_text() == (path / "a").read_text() == content
+    assert [*(tmp_path / "place").iterdir()] == [path]
+    assert [*(tmp_path / "disk").iterdir()] == [real]
+
+
 def test_removal_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "step-1"
     _publish(path, "old")

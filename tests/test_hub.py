@@ -177,7 +177,23 @@ def test_a_pickle_beside_safetensors_is_left_alone(tmp_path: Path) -> None:
     assert resolve_model(str(folder)).origin == "folder"
 
 
-@pytest.mark.parametrize("name", ["./no/such/folder", "/nowhere", "a/b/c", "", "a b", "org/", "-x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./no/such/folder",
+        "/nowhere",
+        "a/b/c",
+        "",
+        "a b",
+        "org/",
+        "-x",
+        "runs/lr--1e-3",
+        "org/m.git",
+        "a..b",
+        "org/ä",
+        "n" * 97,
+    ],
+)
 def test_what_is_neither_folder_nor_name_is_said_to_be_so(name: str, tmp_path: Path, monkeypatch) -> None:
     if not name:
         monkeypatch.chdir(tmp_path)  # "" is the working folder, which is no model

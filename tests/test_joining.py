@@ -375,6 +375,21 @@ def test_the_fingerprint_names_method_weights_texts_and_teachers(two: list[Store
     assert made["base"].store.fingerprint["joined"] == "procrustes mean"
 
 
+def test_other_vectors_of_a_further_teacher_are_another_store(tiny_model: Any, tmp_path: Path) -> None:
+    """The first teacher has one key for a text in both roles, the second has two."""
+    first, second = (
+        runs.teacher(tiny_model("bert", layers=2)),
+        runs.teacher(tiny_model("mpnet", layers=2, prompts={"query": "q: "})),
+    )
+    texts, joined = runs.texts(20), {}
+    for role in ("query", "document"):
+        stores = [embed(texts, one, tmp_path / one.name.rpartition("/")[2], role=role) for one in (first, second)]
+        joined[role] = concatenate(stores, keys=[keys_by_role({role: texts}, one) for one in (first, second)]).store
+    assert joined["query"].path != joined["document"].path
+    expected = unit(joined["document"].vectors(texts))[:, first.width :] * 2**0.5
+    torch.testing.assert_close(expected, unit(second.encode(texts, role="document")), rtol=0, atol=4e-3)
+
+
 def test_what_stands_already_is_not_written_again(
     two: list[Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

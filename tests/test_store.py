@@ -86,6 +86,28 @@ def test_rows_whose_parts_do_not_fit_are_refused(change: dict[str, Any], message
     assert not (tmp_path / "new").exists()
 
 
+def test_a_text_is_in_a_store_once(tmp_path: Path) -> None:
+    for number, blocks in enumerate(([["a", "b"], ["c", "a"]], [["a"], ["a"]], [["a", "a"]])):
+        with pytest.raises(DataError, match=r"1 rows have the key of an earlier one, row \d first"):
+            write_store(tmp_path / str(number), FINGERPRINT, WIDTH, map(rows, blocks), rows=4)
+        assert not (tmp_path / str(number)).exists()
+
+
+OPENED = """
+import resource, sys
+from distill.store import Store
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+store = Store.open(sys.argv[1])
+assert store.take(store.find(store.keys)).tolist() == [[0.0, 0.0999755859375, 0.199951171875, 0.300048828125]] * 100
+"""
+
+
+def test_shards_may_be_more_than_the_files_that_a_process_may_open(tmp_path: Path) -> None:
+    write(tmp_path / "store", *[[str(number)] for number in range(100)])
+    done = subprocess.run([sys.executable, "-c", OPENED, str(tmp_path / "store")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_store_takes_the_place_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RecipeError, match="is there already"):
@@ -571,6 +593,23 @@ def test_verify_info_and_repair(two: Store, capsys: pytest.CaptureFixture) -> No
     assert command(capsys, "verify", two.path)[0] == 0
     assert Store.open(two.path).find(text_keys(["a", "d"])).tolist() == [-1, 0]
     assert not shard_path(two).exists()
+
+
+def test_what_cannot_be_read_now_is_not_taken_out(
+    two: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    before = sorted(path.name for path in two.path.iterdir())
+    monkeypatch.setattr(shards, "_read_header", refused)
+    with pytest.raises(ResourceError, match=r"cannot be read: .*Permission denied"):
+        Store.open(two.path)
+    assert main(["repair", str(two.path)]) == ResourceError.exit_code
+    assert "cannot be read" in capsys.readouterr().err
+    assert sorted(path.name for path in two.path.iterdir()) == before
+    monkeypatch.undo()
+    assert len(Store.open(two.path)) == 6
 
 
 def test_info_counts_what_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -49,10 +49,10 @@ def load_pairs(
     empty = 0
     for number, row in table.rows:
         one, two = table.text(number, row, first), table.text(number, row, second)
-        value = _number(table, number, row, score)
         if not one.strip() or not two.strip():
             empty += 1
             continue
+        value = _number(table, number, row, score)
         pairs.sentence1.append(one)
         pairs.sentence2.append(two)
         pairs.score.append(value)

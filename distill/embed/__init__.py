@@ -20,7 +20,7 @@ from distill.errors import NumericsError
 from distill.identity import computing, computing_tokens
 from distill.metrics import effective_rank
 from distill.store import GOOD, Store, text_keys
-from distill.texts import distinct
+from distill.texts import distinct, refuse_one_text, refuse_what_is_no_text
 
 __all__ = ["default_store", "embed", "embed_vocabulary", "import_vectors"]
 
@@ -50,6 +50,9 @@ def embed(
     vectors on one line, which is looked at on the first 1,000.
     """
     require_encoder(teacher, "embed")
+    refuse_one_text(texts)
+    texts = texts if isinstance(texts, Sequence) else list(texts)
+    refuse_what_is_no_text(texts)
     texts, prompt = distinct(texts), teacher.prompt(role)
     keys, compute = text_keys(texts, prompt=prompt), computing(teacher, texts, role)
     path = place(path, teacher, keys, compute, store_as)

@@ -17,6 +17,7 @@ from distill.similarity import pairwise_cosine, usable_rows
 from distill.store import FLAG_NAMES, Rows, Store, text_keys
 from distill.store.rows import flags_of
 from distill.store.shards import SHARD_ROWS, Shard
+from distill.texts import refuse_what_is_no_text
 
 MAGIC = b"\x93NUMPY"  # what a .npy file begins with
 
@@ -44,6 +45,7 @@ def import_vectors(
         raise DataError(
             f"{len(texts):,} texts and vectors of shape {vectors.shape}; expected ({max(len(texts), 1)}, {teacher.width})."
         )
+    refuse_what_is_no_text(texts)
     prompt = teacher.prompt(role)
     _refuse_foreign(texts, vectors, teacher, role, checked, least_cosine)
     keys = text_keys(texts, prompt=prompt)

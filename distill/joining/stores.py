@@ -55,14 +55,21 @@ class Joined:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Stores and, of each text that all of them hold: its row in each, its key in the first, whether it is good in all."""
+    """Stores and, of each text that all of them hold: its row in each, its key in the first, whether it is good in all.
+
+    `named` is its key in each: a teacher with prompts of its own has another, and another vector by another prompt.
+    """
 
     stores: Sequence[Store]
     weights: list[float]
     rows: list[np.ndarray]
-    keys: np.ndarray
+    named: list[np.ndarray]
     flags: np.ndarray
     left_out: int
+
+    @property
+    def keys(self) -> np.ndarray:
+        return self.named[0]
 
     def units(self, chosen: np.ndarray) -> Units:
         """Unit rows of these texts, by teacher."""
@@ -96,7 +103,9 @@ class Sources:
 
     def fingerprint(self, method: str, width: int) -> dict[str, Any]:
         """What the joined vectors depend on: method, weights, every source, and the texts, which the maps are fitted to."""
-        texts = hashlib.sha256(np.sort(packed(self.keys)).tobytes()).hexdigest()
+        alike = all(np.array_equal(some, self.keys) for some in self.named)
+        rows = np.concatenate(self.named[: 1 if alike else None], axis=1)
+        texts = hashlib.sha256(np.sort(rows.view(f"S{rows.shape[1] * 8}").reshape(-1)).tobytes()).hexdigest()
         named = {f"teacher {number}": store.identity for number, store in enumerate(self.stores, start=1)}
         weights = " ".join(f"{weight:.9g}" for weight in self.weights)
         return {"joined": method, "width": width, "weights": weights, "texts": texts} | named
@@ -129,11 +138,11 @@ def read_together(
             f"no text is in all of {', '.join(str(store.path) for store in stores)}. A key is of prompt and text: for teachers "
             "with different prompts give keys=[keys_by_role(texts, teacher), ...], or --texts and --teachers."
         )
-    rows, names = [found[held] for found in rows], keys[0][first][held]
+    rows, named = [found[held] for found in rows], [some[first][held] for some in keys]
     flags = _flags(stores, rows)
     if not (flags == GOOD).any():
-        raise DataError(f"none of {len(names):,} texts has a good vector in every store; there is nothing to join.")
-    return Sources(stores, shares(weights, len(stores)), rows, names, flags, int((~held).sum()))
+        raise DataError(f"none of {len(named[0]):,} texts has a good vector in every store; there is nothing to join.")
+    return Sources(stores, shares(weights, len(stores)), rows, named, flags, int((~held).sum()))
 
 
 def write_joined(sources: Sources, path: str | Path | None, method: str, matrix: Float[Tensor, "w e"]) -> Joined:

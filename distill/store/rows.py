@@ -40,7 +40,13 @@ def text_keys(texts: Iterable[str], *, prompt: str = "", kind: str = "text") -> 
     if isinstance(texts, str):
         refuse_one_text(texts)
     head = f"{kind}\0{len(prompt)}\0{prompt}\0".encode("utf-8", "surrogatepass")
-    digests = (hashlib.blake2b(head + text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts)
+    try:
+        digests = [
+            hashlib.blake2b(head + text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts
+        ]
+    except AttributeError:
+        refuse_what_is_no_text(list(texts))
+        raise
     return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
 
 

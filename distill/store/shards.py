@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -103,7 +104,10 @@ def forget(path: Path, names: Iterable[str]) -> None:
 
 
 def verify(path: str | Path) -> dict[str, str]:
-    """Check every file of a store against its manifest: {file: what is wrong}, empty when all is well. Cost: reads it once."""
+    """Check every file of a store against its manifest: {file: what is wrong}, empty when all is well. Cost: reads it once.
+
+    ResourceError, or another OSError, for a file that cannot be read now: nobody knows whether it is damaged.
+    """
     path = Path(path)
     manifest = read_manifest(path)
     damaged: dict[str, str] = {}
@@ -117,7 +121,7 @@ def verify(path: str | Path) -> dict[str, str]:
             map_shard(path / shard.file, shard, manifest.format.columns(manifest.width), manifest.format)
             if files.sha256(path / shard.file) != shard.sha256:
                 damaged[shard.file] = "content differs from its sha256"
-        except (IntegrityError, OSError) as error:
+        except IntegrityError as error:
             damaged[shard.file] = str(error)
     return damaged
 
@@ -168,13 +172,23 @@ def map_shard(path: Path, shard: Shard, columns: int, form: Format) -> tuple[dic
         shapes = {"keys": [shard.rows, 2], "token_counts": [shard.rows], "flags": [shard.rows]}
         starts = {name: data + _start(header, name, name, shape, found - data) for name, shape in shapes.items()}
         small = {name: _read_column(path, starts[name], name, shape) for name, shape in shapes.items()}
-        vectors = np.memmap(path, _COLUMNS[form.dtype][1], "r", offset=vectors_start, shape=(shard.rows, columns))
-    except (ValueError, KeyError, TypeError, RecursionError, struct.error, OSError) as error:
+        vectors = _mapped(path, _COLUMNS[form.dtype][1], vectors_start, (shard.rows, columns))
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise IntegrityError(
             f"{path} is damaged: {_reason(error)}. Copy it again, or run `python -m distill.store repair {path.parent}` "
             f"and embed() again: only its {shard.rows:,} rows are computed anew."
         ) from error
+    except (OSError, RuntimeError) as error:  # of the system, of torch
+        raise ResourceError(f"{path} cannot be read: {error}. Nothing of it is lost by that.") from error
     return small, vectors
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], offset: int, shape: tuple[int, int]) -> np.ndarray:
+    """A part of a file, read where it is used. No file stays open, as one would for numpy's memmap: shards may be more than those a process may have."""
+    content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    part = content[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    part.flags.writeable = False
+    return part
 
 
 def _manifest(value: Any) -> Manifest:

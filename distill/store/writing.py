@@ -10,7 +10,8 @@ from filelock import FileLock
 from distill import files
 from distill.errors import DataError, RecipeError
 from distill.store.compression import Codec, Format
-from distill.store.rows import GOOD, Rows, flags_of
+from distill.store.rows import GOOD, Rows, flags_of, packed
+from distill.store.shards import Shard
 from distill.store.vectors import Store
 
 
@@ -26,7 +27,7 @@ def write_store(
     """A new store of `rows` rows, which come in blocks. It appears whole or not at all.
 
     A row that is GOOD and as float16 zero, or not finite, is flagged as that. What a killed call left beside `path` is removed
-    by the next. RecipeError if something is there, DataError for blocks whose parts do not fit together.
+    by the next. RecipeError if something is there, DataError for blocks whose parts do not fit together, and for a key that comes twice.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +38,25 @@ def write_store(
         with files.published_folder(path) as temporary:
             made = Store(temporary, fingerprint, width, [], codec)
             made.require_space(rows)
-            made.publish([record for block in blocks for record in made.append(_checked(block, width))])
+            records: list[Shard] = []
+            keys: list[np.ndarray] = []
+            for block in blocks:
+                rows_here = _checked(block, width)
+                keys.append(packed(rows_here.keys))
+                records += made.append(rows_here)
+            _refuse_repeated(keys)
+            made.publish(records)
     return Store.open(path)
+
+
+def _refuse_repeated(keys: list[np.ndarray]) -> None:
+    every = np.concatenate(keys) if keys else np.empty(0)
+    _, first = np.unique(every, return_index=True)
+    if len(first) < len(every):
+        again = np.setdiff1d(np.arange(len(every)), first)
+        raise DataError(
+            f"{len(again):,} rows have the key of an earlier one, row {again[0]:,} first: a store holds a text once. Leave them out."
+        )
 
 
 def _checked(rows: Rows, width: int) -> Rows:
