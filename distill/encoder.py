@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         """An encoder from a local folder, the Hub, or an installed weight package (`hub.resolve_model`), float32, in eval mode.
 
         A folder without modules.json is a bare transformer: mean pooling (of a causal language model the last token), no
-        normalisation, as sentence-transformers reads it, but for the chat template that it puts texts into. `max_length` (tokens) overrides the folder's own. A module it does not know raises RecipeError.
+        normalisation, as sentence-transformers reads it, but for the chat template that it puts texts into. `max_length` (tokens) overrides the folder's own. A module or setting that it does not know raises RecipeError.
         """
         if not isinstance(name, str | os.PathLike):
             raise TypeError(f"Encoder.from_pretrained takes a folder or a name, got {_kind_and_way(name)}")

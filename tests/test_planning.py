@@ -1,5 +1,8 @@
 """What --plan says before a run is what the run then takes: memory term by term, files, and, roughly, time."""
 
+import contextlib
+import io
+import math
 import os
 import re
 import shlex
@@ -9,6 +12,7 @@ import time
 from importlib.metadata import distributions
 from pathlib import Path
 
+import processes
 import pytest
 import runs
 import torch
@@ -21,7 +25,7 @@ from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.evaluation import EvaluationData
 from distill.modules import Tokens
-from distill.planning import arithmetic, plan
+from distill.planning import arithmetic, plan, printing
 from distill.planning.rehearsal import stage
 from distill.store import Format, Store
 from distill.training import Examples, TrainConfig, sampling, train
@@ -170,6 +174,25 @@ def test_a_plan_says_it_all_and_leaves_nothing(
     assert found["together"] > 0
     assert not [*(tmp_path / "temporary").iterdir(), *(tmp_path / "home").glob("*")]
     assert not (tmp_path / "store").exists()
+
+
+def planned_where_one_has_no_room(model: str, folder: str) -> str:
+    """In one of two processes, of which the second has a byte: what the main one prints."""
+    distributed.device()
+    printing._free = lambda device: 1.0 if distributed.rank() else math.inf
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        config, data = TrainConfig(steps=2, batch_size=8), EvaluationData()
+        kind, loss = StudentConfig(kind="layers"), losses.CosineDistance()
+        plan(runs.teacher(model), kind, runs.texts(30), config, loss, data, store=Path(folder) / "store")
+    return said.getvalue()
+
+
+def test_a_run_that_does_not_fit_on_one_process_is_rehearsed_on_none(tiny_bert: Path, tmp_path: Path) -> None:
+    said, other = processes.run(planned_where_one_has_no_room, 2, tmp_path, model=str(tiny_bert), folder=str(tmp_path))
+    assert "It does not fit: " in said
+    assert "rehearsal" not in said
+    assert not other
 
 
 def test_what_is_stored_is_not_planned_again(
