@@ -120,6 +120,14 @@ def test_one_text_is_no_list_of_its_letters() -> None:
         text_keys("abc")
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_text_has_no_key(two: Store) -> None:
+    with pytest.raises(DataError, match=r"text 1 is NoneType None; a str is expected"):
+        two.vectors(["a", None])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"keys are of texts: 'int'"):
+        text_keys(iter(["a", 5]))  # type: ignore[list-item]
+
+
 def test_round_trip_to_fp16(tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
     texts = [f"text {i}" for i in range(50)]

@@ -969,9 +969,9 @@ def slow_run(model: str, output: str, store: str, seconds: float, **config: Any)
 
     step = loop._Loop._step
 
-    def slowly(self: Any, number: int) -> dict[str, Any]:
+    def slowly(self: Any, number: int, ends: Any) -> Any:
         time.sleep(seconds)
-        return step(self, number)
+        return step(self, number, ends)
 
     loop._Loop._step = slowly  # type: ignore[method-assign]
     return runs.small_run(model, output, store=store, **config).final_loss

@@ -1,12 +1,13 @@
 """Rows of a store: what one holds, what its flag says, and the key it is found by."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from distill.texts import refuse_one_text
+from distill.errors import DataError
+from distill.texts import refuse_one_text, refuse_what_is_no_text
 
 GOOD, NOT_FINITE, ZERO, NO_TOKENS = 0, 1, 2, 3  # flags of a row; only GOOD rows are trained on
 FLAG_NAMES = {NOT_FINITE: "not finite", ZERO: "zero vector", NO_TOKENS: "no tokens"}
@@ -35,7 +36,7 @@ def flags_of(vectors: np.ndarray, empty: np.ndarray) -> np.ndarray:
 def text_keys(texts: Iterable[str], *, prompt: str = "", kind: str = "text") -> np.ndarray:
     """128-bit keys (n, 2) uint64 of (kind, prompt, exact text). The same text under two prompts has two keys.
 
-    DataError for one text in place of a list of them.
+    DataError for one text in place of a list of them, and for what is no text.
     """
     if isinstance(texts, str):
         refuse_one_text(texts)
@@ -44,9 +45,10 @@ def text_keys(texts: Iterable[str], *, prompt: str = "", kind: str = "text") -> 
         digests = [
             hashlib.blake2b(head + text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts
         ]
-    except AttributeError:
-        refuse_what_is_no_text(list(texts))
-        raise
+    except AttributeError as error:
+        if isinstance(texts, Sequence):
+            refuse_what_is_no_text(texts)
+        raise DataError(f"keys are of texts: {error}.") from error
     return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
 
 

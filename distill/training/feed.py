@@ -120,7 +120,7 @@ class Feed:
         bank = None if read.bank is None else self._here(read.bank).float()
         bank_keys = None if read.bank_keys is None else self._here(read.bank_keys)
         value = distributed.global_loss(self.loss, vectors, teacher, bank=bank, keys=keys, bank_keys=bank_keys)
-        parts = getattr(self.loss, "parts", dict)()
+        parts: dict[str, Any] = getattr(self.loss, "parts", dict)()
         self._terms[number] = {name: weight * part for name, part in parts.items()}
         return weight * value
 

@@ -280,7 +280,8 @@ class _Loop:
         return {**average, **rows, **({"start": {"table": self.anchor.start}} if self.anchor else {})}
 
     def _save(self, step: int, last: dict[str, Any], spent: dict[str, Any]) -> None:
-        folder, state = self.output / "checkpoints", {"identity": self.identity, "last": last, "spent": spent}
+        folder = self.output / "checkpoints"
+        state: dict[str, Any] = {"identity": self.identity, "last": last, "spent": spent}
         if (fitting := self.gradients.micro_batch.size) < (self.config.micro_batch or self.config.batch_size):
             state["micro_batch"] = fitting  # what memory was enough for
         keep, further = self.config.keep_checkpoints, self._kept()
