@@ -91,7 +91,7 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     if distributed.world_size() > 1:
         raise RecipeError("compare_peers measures one process: add --num_processes 1, or start it with python.")
-    cli.record(recipe, recipe.output)
+    cli.record(recipe, recipe.output, leaves=())
     read = load_texts(recipe.data, column=recipe.column, limit=recipe.limit)
     texts, held_out = hold_out(read.texts, recipe.held_out)
     data = recipe.evaluation.load(held_out, training_texts=texts)

@@ -64,7 +64,7 @@ class Recipe:
 
 
 def main(recipe: Recipe) -> None:
-    cli.record(recipe, recipe.output)
+    cli.record(recipe, recipe.output, leaves=())
     began = time.monotonic()
     texts = load_texts(recipe.texts, column=recipe.column, limit=recipe.limit).texts if recipe.texts else []
     data = recipe.evaluation.load(texts)

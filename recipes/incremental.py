@@ -88,7 +88,7 @@ class Recipe:
 
 
 def main(recipe: Recipe) -> None:
-    cli.record(recipe, recipe.output)
+    cli.record(recipe, recipe.output, leaves=())
     data = load_labelled(recipe.train_data, recipe.test_data)
     data = data if data.test else hold_out_of_each(data)
     drawn = {seed: in_tasks(data, recipe.tasks, seed=seed) for seed in recipe.seeds}
