@@ -186,9 +186,10 @@ def _retrieval_scores(queries: Encode, documents: Sequence[Encode], data: Evalua
 
 def _stored_scores(system: str, encode: Encode, data: EvaluationData) -> list[Stored]:
     """A system's own queries and documents, in fewer bytes."""
-    if not data.precisions:
+    texts = data.texts if data.texts or data.retrieval else data.any_texts()[:1]  # one for a vector's bytes alone
+    if not data.precisions or not (texts or data.retrieval):
         return []
-    return stored_scores(system, encode, data.precisions, data.texts, data.role, data.retrieval)
+    return stored_scores(system, encode, data.precisions, texts, data.role, data.retrieval)
 
 
 def _labels_scores(encode: Encode, data: EvaluationData) -> dict[str, Score]:
