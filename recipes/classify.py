@@ -111,6 +111,7 @@ def main(recipe: Recipe) -> None:
     report = {
         "encoder": encoder.name,
         "command": this_command(),
+        "data": data.sources(),
         "accuracy": vars(accuracy),
         "train_texts": len(chosen),
         "test_texts": len(right),

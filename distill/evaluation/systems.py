@@ -77,11 +77,11 @@ class EvaluationData:
         return {name: count for name, count in counts.items() if count}
 
     def sources(self) -> dict[str, str]:
-        """Where each labelled task comes from, as far as it is known; data sets on the Hub with their commits."""
+        """Where each labelled task comes from, as far as it is known, data sets on the Hub with their commits; and what was left out."""
         found = {name: pairs.source for name, pairs in self.pairs.items()}
         found |= {name: task.source for name, task in self.retrieval.items()}
         for name, labelled in self.labelled.items():
-            found[name] = ", ".join(part.source for part in (labelled, labelled.test) if part and part.source)
+            found[name] = labelled.sources()
         return {name: source for name, source in found.items() if source}
 
     def any_texts(self) -> list[str]:
