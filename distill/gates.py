@@ -152,7 +152,7 @@ def _in(system: str, tasks: Sequence[str]) -> list[str]:
 
 
 def _system(name: str | None, systems: Sequence[str]) -> str:
-    """A row by its name; "student" is the first row's system, whatever it is called."""
+    """A row by its name; "student" is the first row's system, whatever it is called, unless a row has that name."""
     if name is None:
         return systems[0]
     known, wanted = _known(systems), _plain(name)
@@ -162,10 +162,8 @@ def _system(name: str | None, systems: Sequence[str]) -> str:
 
 
 def _known(systems: Sequence[str]) -> dict[str, str]:
-    known = {one.casefold(): one for one in systems}
-    return known | {
-        STUDENT + one.removeprefix(systems[0]).casefold(): one for one in systems if one.startswith(systems[0])
-    }
+    aliases = {STUDENT + one.removeprefix(systems[0]).casefold(): one for one in systems if one.startswith(systems[0])}
+    return aliases | {one.casefold(): one for one in systems}
 
 
 def _plain(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -31,19 +31,23 @@ FREE_TO_CHANGE = (
     "read_ahead",
     "plan",
 )
+# Flags that are compared with their whole path: a checkpoint knows its student by the names and shapes of the weights alone.
+NEVER_MOVED = ("--student.name",)
 
 
-def record(recipe: Any, output: Path) -> None:
+def record(recipe: Any, output: Path, *, leaves: Collection[str] = ("student",), quiet: bool = False) -> None:
     """Write the resolved recipe and the command into the run's folder, so that it can be run again.
 
-    IntegrityError if the recipe is to resume a run that was begun with other flags. A --plan writes nothing.
+    IntegrityError if the recipe is to resume a run that was begun with other flags. `leaves` are the models that the run puts
+    into the folder, "student" and "head": RecipeError if one that is there would stay beside the result. `quiet`: an earlier
+    run is replaced without a word. A --plan writes nothing.
     """
     if getattr(recipe, "plan", False):
         return
-    distributed.main_first(partial(_record, recipe, output))
+    distributed.main_first(partial(_record, recipe, output, leaves, quiet))
 
 
-def _record(recipe: Any, output: Path) -> None:
+def _record(recipe: Any, output: Path, leaves: Collection[str], quiet: bool) -> None:
     value = {"command": this_command(), "recipe": json.loads(json.dumps(asdict(recipe), default=str))}
     path, beside = output / RECIPE, output / "checkpoints" / RECIPE
     try:
@@ -52,13 +56,13 @@ def _record(recipe: Any, output: Path) -> None:
         begun = any((output / "checkpoints").glob("step-*"))
         if not begun:
             _refuse_foreign(output)
-        if begun and not {"train", "resume"} & value["recipe"].keys():
-            raise RecipeError(f"{output} holds a training run, which this would overwrite; name another --output.")
+        trains = "student" in leaves and bool({"train", "resume"} & value["recipe"].keys())
+        _refuse_what_would_stay(output, leaves, checkpoints=begun and not trains)
         first = beside if beside.exists() else path
         resumed = begun and first.exists() and _resumes(value["recipe"])
         if resumed:
             _refuse_other_recipe(output, _begun_with(first), value["recipe"], _defaults(recipe))
-        elif begun or (output / "student").exists():
+        elif not quiet and (begun or (output / "student").exists()):
             print(
                 f"{output} holds an earlier run, which this one replaces (its student, when the new one is done).",
                 file=sys.stderr,
@@ -73,6 +77,17 @@ def _record(recipe: Any, output: Path) -> None:
         (output / "non-finite.json").unlink(missing_ok=True)
     except OSError as error:
         raise ResourceError(f"{explained(error)} Name a folder you may write to with --output.") from error
+
+
+def _refuse_what_would_stay(output: Path, leaves: Collection[str], *, checkpoints: bool) -> None:
+    """RecipeError if the folder has a model, or checkpoints, of a run that this one would replace in part."""
+    stay = [name for name in ("student", "head") if name not in leaves and (output / name).exists()]
+    stay += ["checkpoints"] if checkpoints else []
+    if stay:
+        raise RecipeError(
+            f"{output} holds a training run, of which this would overwrite a part and leave the rest ({', '.join(stay)}); "
+            "name another --output."
+        )
 
 
 def _refuse_foreign(output: Path) -> None:
@@ -119,7 +134,7 @@ def _refuse_other_recipe(output: Path, before: dict[str, Any], now: dict[str, An
     differing = [
         f"\n  {name}: was {was.get(name)}, is {is_.get(name)}"
         for name in dict.fromkeys([*was, *is_])
-        if _moved(was.get(name)) != _moved(is_.get(name))
+        if _comparable(name, was.get(name)) != _comparable(name, is_.get(name))
     ]
     if differing:
         raise IntegrityError(
@@ -139,14 +154,14 @@ def _flags(recipe: dict[str, Any], prefix: str = "--") -> Iterator[tuple[str, An
             yield flag, value
 
 
-def _moved(value: Any) -> Any:
+def _comparable(flag: str, value: Any) -> Any:
     """A path by its last part, a Hub data set without its revision: the same may lie elsewhere, or go by its commit.
 
-    What is in it, the checkpoint knows.
+    What is in it, the checkpoint knows; but for the flags of NEVER_MOVED, which are compared as they are.
     """
     if isinstance(value, list):
-        return [_moved(item) for item in value]
-    return Path(without_revision(value)).name if isinstance(value, str) else value
+        return [_comparable(flag, item) for item in value]
+    return Path(without_revision(value)).name if isinstance(value, str) and flag not in NEVER_MOVED else value
 
 
 def _resumes(recipe: dict[str, Any]) -> bool:

@@ -72,7 +72,7 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     variants = {BASE: recipe} | {flags: variant(recipe, flags) for flags in recipe.variants}
-    cli.record(recipe, recipe.output)
+    cli.record(recipe, recipe.output, leaves=())
     read = load_texts(recipe.data, column=recipe.column, limit=recipe.limit)
     texts, held_out = hold_out(read.texts, recipe.held_out)
     data = recipe.evaluation.load(held_out, training_texts=texts)
@@ -110,6 +110,8 @@ def variant(recipe: Recipe, flags: str) -> Recipe:
 
 
 def trained(recipe: Recipe, seed: int, teacher: Encoder, store: Store, texts: list[str], output: Path) -> Run:
+    """One variant's run; its folder has a recipe.json of its own, which --train.resume is checked against."""
+    cli.record(replace(recipe, variants=(), seeds=(seed,)), output, quiet=True)
     student = recipe.student.build(teacher, store, texts)
     examples, loss = match(texts, student, teacher, store), recipe.loss.build(teacher.width)
     return train(student, examples, store, loss, replace(recipe.train, seed=seed), output=output)

@@ -124,7 +124,7 @@ class Measured:
 def main(recipe: Recipe) -> None:
     if distributed.world_size() > 1:
         raise RecipeError("bench_losses measures one process: add --num_processes 1, or start it with python.")
-    cli.record(recipe, recipe.output)
+    cli.record(recipe, recipe.output, leaves=())
     device = distributed.device()
     device = device if device.type == "cuda" else torch.device("cpu")
     found: list[Measured] = []

@@ -167,7 +167,7 @@ def main(recipe: Recipe) -> None:
     if distributed.world_size() > 1:
         raise RecipeError("bench_pipeline measures one process: add --num_processes 1, or start it with python.")
     recipe = recipe.quickly() if recipe.quick else recipe
-    cli.record(recipe, recipe.output)
+    cli.record(recipe, recipe.output, leaves=())
     found: list[Measured] = []
     with TemporaryDirectory() as folder:
         given = Given(recipe, Path(folder))

@@ -95,7 +95,7 @@ class Recipe:
 
 
 def main(recipe: Recipe) -> None:
-    cli.record(recipe, recipe.output)
+    cli.record(recipe, recipe.output, leaves=("head", "student") if recipe.train_encoder else ("head",))
     torch.manual_seed(recipe.seed)
     data = load_labelled(recipe.train_data, recipe.test_data)
     encoder = Encoder.from_pretrained(recipe.encoder, max_length=recipe.max_length).to(distributed.device())
@@ -111,6 +111,7 @@ def main(recipe: Recipe) -> None:
     report = {
         "encoder": encoder.name,
         "command": this_command(),
+        "data": data.sources(),
         "accuracy": vars(accuracy),
         "train_texts": len(chosen),
         "test_texts": len(right),

@@ -45,7 +45,7 @@ class Recipe:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each way that trains."""
     peers: tuple[str, ...] = tuple(PEERS)
-    """Which other libraries to run; those not installed are left out and reported."""
+    """Which other libraries to run; those that are not installed, or fail, are left out and reported."""
     peer_seeds: int | None = None
     """Train the others with only the first so many of --seeds. None: with all."""
     peer_batch_size: int | None = None
@@ -91,7 +91,7 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     if distributed.world_size() > 1:
         raise RecipeError("compare_peers measures one process: add --num_processes 1, or start it with python.")
-    cli.record(recipe, recipe.output)
+    cli.record(recipe, recipe.output, leaves=())
     read = load_texts(recipe.data, column=recipe.column, limit=recipe.limit)
     texts, held_out = hold_out(read.texts, recipe.held_out)
     data = recipe.evaluation.load(held_out, training_texts=texts)
@@ -128,7 +128,7 @@ def one_seed(
     provenance: Provenance,
     left_out: dict[str, str],
 ) -> dict[str, Trained]:
-    """Every way's student. `left_out` gets the peers that fail, with the reason."""
+    """Every way's student. `left_out` gets the peers that fail, with the first line of the reason."""
     folder = recipe.output / f"seed-{seed}"
     torch.manual_seed(seed)
     start = recipe.student.build(teacher, store, texts)
@@ -151,8 +151,8 @@ def one_seed(
         cli.say(f"seed {seed}: {name}")
         try:
             trained[name] = PEERS[name](work)
-        except ImportError as error:
-            left_out[name] = str(error)
+        except Exception as error:
+            left_out[name] = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return trained
 
 
@@ -232,8 +232,9 @@ def row(name: str, averaged: Mapping[str, Mapping[str, Averaged]], trained: Sequ
 def cell(score: Averaged | None, of: Averaged | None) -> str:
     if score is None:
         return ""
-    kept = f" ({score.interval.value / of.interval.value:.1%})" if of and of is not score else ""
-    return f"{score}{kept}"
+    if of is None or of is score or not of.interval.value > 0:
+        return str(score)
+    return f"{score} ({score.interval.value / of.interval.value:.1%})"
 
 
 def machine() -> str:

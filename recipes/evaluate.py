@@ -64,10 +64,12 @@ class Recipe:
 
 
 def main(recipe: Recipe) -> None:
-    cli.record(recipe, recipe.output)
+    cli.record(recipe, recipe.output, leaves=())
     began = time.monotonic()
-    texts = load_texts(recipe.texts, column=recipe.column, limit=recipe.limit).texts if recipe.texts else []
-    data = recipe.evaluation.load(texts)
+    read = load_texts(recipe.texts, column=recipe.column, limit=recipe.limit) if recipe.texts else None
+    data = recipe.evaluation.load(read.texts if read else [])
+    if read:
+        cli.say(read.report)
     tasks = mteb.find_tasks(recipe.mteb) if recipe.mteb else []
     teacher = recipe.teacher.load()
     models = {name: Encoder.from_pretrained(name).to(distributed.device()) for name in recipe.models}
@@ -77,7 +79,9 @@ def main(recipe: Recipe) -> None:
     first, *others = recipe.models
     differences = {other: scores.differences(first, other) for other in others}
     verdicts = judge(recipe.gates(), scores)
-    report = {"teacher": teacher.name, "command": this_command()} | scores.as_json() | retention_json(scores)
+    report: dict[str, Any] = {"teacher": teacher.name, "command": this_command()}
+    report |= {"data": str(read.report)} if read else {}
+    report |= scores.as_json() | retention_json(scores)
     report |= {
         "differences": {other: differences_json(found) for other, found in differences.items()},
         "gates": [verdict.as_json() for verdict in verdicts],

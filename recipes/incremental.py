@@ -79,6 +79,8 @@ class Recipe:
         unknown = [name for name in self.ways if name not in WAYS]
         if unknown or not self.ways:
             raise RecipeError(f"--ways knows {', '.join(WAYS)}; got {', '.join(unknown) or 'none'}.")
+        if len(set(self.ways)) < len(self.ways):
+            raise RecipeError(f"--ways are different, got {', '.join(self.ways)}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not self.sigma_init > 0:
             raise RecipeError(
                 f"--seeds are different numbers and --sigma-init is above 0, got {self.seeds}, {self.sigma_init}."
@@ -88,9 +90,9 @@ class Recipe:
 
 
 def main(recipe: Recipe) -> None:
-    cli.record(recipe, recipe.output)
-    data = load_labelled(recipe.train_data, recipe.test_data)
-    data = data if data.test else hold_out_of_each(data)
+    cli.record(recipe, recipe.output, leaves=())
+    read = load_labelled(recipe.train_data, recipe.test_data)
+    data = read if read.test else hold_out_of_each(read)
     drawn = {seed: in_tasks(data, recipe.tasks, seed=seed) for seed in recipe.seeds}
     encoder = Encoder.from_pretrained(recipe.encoder).to(distributed.device())
     found: dict[str, list[Tensor]] = {way: [] for way in recipe.ways}
@@ -100,7 +102,8 @@ def main(recipe: Recipe) -> None:
         for way in recipe.ways:
             found[way].append(learn(recipe, way, seed, copy.deepcopy(encoder), tasks))
             cli.say(f"seed {seed}, {way}: {average_incremental_accuracy(found[way][-1], sizes[-1]):.3f}")
-    about = {"command": this_command(), "seeds": recipe.seeds, "classes": [len(task.names) for task in tasks]}
+    about = {"command": this_command(), "data": read.sources(), "seeds": recipe.seeds}
+    about |= {"classes": [len(task.names) for task in tasks]}
     report = about | {"ways": {way: numbers(matrices, sizes) for way, matrices in found.items()}}
     distributed.main_first(partial(write, recipe.output, report, found))
     cli.say(f"\n{table(report['ways'])}\n\nall numbers are in {recipe.output / 'report.json'}")

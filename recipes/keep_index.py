@@ -90,11 +90,12 @@ def main(recipe: Recipe) -> None:
     cli.record(recipe, recipe.output)
     read = load_texts(recipe.documents, column=recipe.column, limit=recipe.limit)
     documents, held_out = hold_out(read.texts, recipe.held_out)
-    texts = {"document": documents}
+    texts, report = {"document": documents}, f"documents: {read.report}"
     if recipe.queries:
-        texts["query"] = load_texts(recipe.queries, column=recipe.column, limit=recipe.limit).texts
+        queries = load_texts(recipe.queries, column=recipe.column, limit=recipe.limit)
+        texts["query"], report = queries.texts, f"{report}; queries: {queries.report}"
     data = recipe.evaluation.load(held_out, role="document", training_texts=chain(*texts.values()))
-    cli.say(f"{read.report}; {len(held_out):,} held out; {len(texts.get('query', [])):,} queries")
+    cli.say(f"{report}; {len(held_out):,} documents held out")
 
     teacher = recipe.teacher.load(on_device=not recipe.plan)
     recipe.student.check(teacher)
@@ -120,7 +121,7 @@ def main(recipe: Recipe) -> None:
     finish(
         run,
         scores,
-        Provenance(teacher=teacher, data=str(read.report), loss=repr(loss), space=space),
+        Provenance(teacher=teacher, data=report, loss=repr(loss), space=space),
         gates=recipe.gates(),
     )
 

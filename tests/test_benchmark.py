@@ -1,5 +1,6 @@
 """What distill is measured against computes what distill computes; and times, memory and tables are what they say."""
 
+import json
 import os
 import signal
 import time
@@ -17,9 +18,11 @@ from distill.benchmark.arms import ARMS, one_tile, ours, value
 from distill.benchmark.cases import Case
 from distill.benchmark.measuring import Spread
 from distill.benchmark.naive import ALL, NAIVE, ROW_BY_ROW, SAMPLE, WITH_BANK, Batch, exact_gradient, relative_error
-from distill.config import TeacherConfig
+from distill.benchmark.seeds import Averaged
+from distill.config import StudentConfig, TeacherConfig
 from distill.errors import NumericsError
 from distill.export import onnx
+from distill.metrics import Interval
 from distill.similarity import pairwise_cosine
 from distill.streaming import engine
 from distill.training import TrainConfig
@@ -178,6 +181,41 @@ def test_an_arm_that_fails_is_left_out_by_name(
     given = bench.Given(recipe, tmp_path)
     assert [one.arm for one in bench.embedding(given)] == ["distill"]
     assert list(given.left_out) == ["torch.compile: its vectors are others'"]
+
+
+def test_a_peer_that_fails_is_left_out_with_the_first_line_of_its_reason(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(work: peers.Work) -> None:
+        raise AttributeError("it knows no such model.\nUpgrade it.")
+
+    compare = runs.recipe_module("compare_peers")
+    monkeypatch.setitem(peers.PEERS, "broken", broken)
+    (tmp_path / "texts.txt").write_text("\n".join(runs.texts(60)))
+    recipe = compare.Recipe(
+        data=(str(tmp_path / "texts.txt"),),
+        held_out=21,
+        minutes=0.001,
+        seeds=(0,),
+        peers=("broken",),
+        teacher=TeacherConfig(name=str(tiny_bert)),
+        student=StudentConfig(width=8),
+        train=TrainConfig(batch_size=8, bank_size=16),
+        store=tmp_path / "store",
+        output=tmp_path / "compare",
+    )
+    compare.main(recipe)
+    assert "Left out: broken: it knows no such model.\n" in capsys.readouterr().out
+    report = json.loads((tmp_path / "compare" / "compare.json").read_text())
+    assert report["left_out"] == {"broken": "it knows no such model"}
+
+
+@pytest.mark.parametrize(
+    ("whole", "shown"), [(0.5, "0.250 ±0.000 (50.0%)"), (0.0, "0.250 ±0.000"), (-0.5, "0.250 ±0.000")]
+)
+def test_of_a_score_that_the_teacher_does_not_have_no_share_is_kept(whole: float, shown: str) -> None:
+    score, teacher = (Averaged(Interval(value=one, low=one, high=one), (one,)) for one in (0.25, whole))
+    assert runs.recipe_module("compare_peers").cell(score, teacher) == shown
 
 
 def test_a_trainer_with_our_batches_learns_what_we_learn(tiny_bert: Path, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 
 from distill import cli, errors
-from distill.config import SUITED, StudentConfig, unused
+from distill.config import SUITED, StudentConfig, TeacherConfig, unused
+from distill.embed import embed
 from distill.errors import IntegrityError, RecipeError, ResourceError, Stopped
 from distill.training import LabelConfig, TrainConfig, checkpoint
 
@@ -330,7 +332,7 @@ def begun(tmp_path: Path) -> Recipe:
     return recipe
 
 
-def changed(recipe: Recipe, **train: Any) -> Recipe:
+def changed(recipe: Any, **train: Any) -> Any:
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, resume=True, **train))
 
 
@@ -370,6 +372,56 @@ def test_a_folder_of_other_files_is_not_taken_for_the_student(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("held", "leaves", "refused"),
+    [
+        ("student", ("student",), False),
+        ("student", (), True),
+        ("student", ("head",), True),
+        ("student", ("head", "student"), False),
+        ("head", ("student",), True),
+        ("head", (), True),
+        ("head", ("head",), False),
+        ("head", ("head", "student"), False),
+        ("checkpoints", ("student",), False),
+        ("checkpoints", (), True),
+        ("checkpoints", ("head",), True),
+    ],
+)
+def test_a_part_of_another_run_is_not_left_beside_the_result(
+    tmp_path: Path, held: str, leaves: tuple[str, ...], refused: bool
+) -> None:
+    written = {"student": "modules.json", "head": "config.json", "checkpoints": "step-00000003/state.json"}
+    path = tmp_path / held / written[held]
+    path.parent.mkdir(parents=True)
+    path.write_text('{"nb_proxy": 1}' if held == "head" else "[]")
+    if held == "head":
+        (path.parent / "model.safetensors").write_text("")
+    if not refused:
+        return cli.record(Recipe(output=tmp_path), tmp_path, leaves=leaves)
+    with pytest.raises(RecipeError, match=rf"leave the rest \({held}\); name another --output"):
+        cli.record(Recipe(output=tmp_path), tmp_path, leaves=leaves)
+    assert not (tmp_path / "recipe.json").exists()
+
+
+@pytest.mark.parametrize("recipe", ["classify", "evaluate", "match_embeddings"])
+def test_recipes_say_what_they_leave(tmp_path: Path, recipe: str) -> None:
+    """None of these makes what the folder holds; each is refused before it reads its data, which is not there."""
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "modules.json").write_text("[]")
+    module, options = runs.recipe_module(recipe), {"train_data": "absent.csv", "test_data": "absent.csv"}
+    if recipe == "evaluate":
+        options = {"models": ("x",), "texts": ("absent.txt",)}
+    if recipe == "match_embeddings":
+        (tmp_path / "student").rename(tmp_path / "head")
+        (tmp_path / "head" / "modules.json").unlink()
+        (tmp_path / "head" / "config.json").write_text('{"nb_proxy": 1}')
+        (tmp_path / "head" / "model.safetensors").write_text("")
+        options = {"data": ("absent.txt",)}
+    with pytest.raises(RecipeError, match="name another --output"):
+        module.main(module.Recipe(output=tmp_path, **options))
+
+
+@pytest.mark.parametrize(
     ("name", "content"), [("recipe.json", '{"flour": 500}'), ("recipe.json", ""), ("report.json", "{}")]
 )
 def test_a_file_of_somebody_else_is_not_overwritten(tmp_path: Path, name: str, content: str) -> None:
@@ -384,6 +436,46 @@ def test_a_file_of_somebody_else_is_not_overwritten(tmp_path: Path, name: str, c
 def test_a_run_is_resumed_with_what_changes_no_step(begun: Recipe, options: dict[str, Any]) -> None:
     cli.record(changed(begun, **options), begun.output)
     cli.record(dataclasses.replace(changed(begun), data="elsewhere/texts/a.txt"), begun.output)
+
+
+def test_a_student_of_another_folder_is_another_student(tmp_path: Path) -> None:
+    """The checkpoint knows it by names and shapes, which two students of one name share."""
+    module = runs.recipe_module("match_embeddings")
+    student = StudentConfig(kind="layers", name="runs/a/student")
+    recipe = module.Recipe(data=("texts/a.txt",), student=student, output=tmp_path)
+    cli.record(recipe, tmp_path)
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    cli.record(dataclasses.replace(changed(recipe), data=("elsewhere/a.txt",)), tmp_path)
+    other = dataclasses.replace(student, name="runs/b/student")
+    with pytest.raises(IntegrityError, match=r"--student\.name: was runs/a/student, is runs/b/student\n"):
+        cli.record(dataclasses.replace(changed(recipe), student=other), tmp_path)
+
+
+def test_a_variant_is_resumed_with_its_own_flags_alone(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablate, texts = runs.recipe_module("ablate"), runs.texts(40)
+    recipe = ablate.Recipe(
+        data=("a.txt",),
+        teacher=TeacherConfig(name=str(tiny_bert)),
+        student=StudentConfig(kind="layers", layers=(0, 3)),
+        train=TrainConfig(steps=2, batch_size=8, bank_size=16),
+    )
+    teacher = recipe.teacher.load()
+    store = embed(texts, teacher, tmp_path / "store")
+
+    def trained(one: Any) -> Any:
+        return ablate.trained(one, 0, teacher, store, texts, tmp_path / "seed-0" / "variant-0")
+
+    assert trained(recipe).steps == 2
+    before = (tmp_path / "seed-0" / "variant-0" / "metrics.jsonl").read_text()
+    trained(dataclasses.replace(changed(recipe), variants=("loss.kl 1",), seeds=(0, 1)))  # these stand beside it
+    assert (tmp_path / "seed-0" / "variant-0" / "metrics.jsonl").read_text() == before
+    other = dataclasses.replace(recipe.student, layers=(1, 4))  # of the same shapes
+    with pytest.raises(IntegrityError, match=r"--student\.layers: was \[0, 3\], is \[1, 4\]"):
+        trained(dataclasses.replace(changed(recipe), student=other))
+    trained(dataclasses.replace(recipe, student=other))
+    assert "earlier run" not in capsys.readouterr().err
 
 
 COMMIT = "a" * 40

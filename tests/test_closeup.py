@@ -39,7 +39,11 @@ def test_few_texts_are_all_chosen(rows: int) -> None:
     assert close_groups(torch.randn(rows, 4)).tolist() == list(range(rows))
     found = closeup(TEXTS[:rows], torch.randn(rows, 4), torch.randn(rows, 4))
     assert found.teacher.shape == (rows, rows)
-    assert len(found.worst) == (0 if rows == 1 else min(rows, 5))
+    assert found.worst == [], "chance alone shares half of ten neighbours or more"
+
+
+def test_more_than_twenty_texts_have_worst_cases() -> None:
+    assert len(closeup(TEXTS[:21], torch.randn(21, 4), torch.randn(21, 4)).worst) == 5
 
 
 def test_equal_rows_and_zero_rows_can_be_grouped() -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from distill.data import load_labelled, load_pairs, load_retrieval, load_texts
 from distill.errors import DataError, DistillError, ResourceError
+from distill.evaluation import EvaluationData
 from distill.tables import files, sources
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -595,6 +596,13 @@ def test_pairs_with_and_without_a_header(write) -> None:
     assert len(load_pairs(write("a.csv", "a,b,1\nc,d,2\n"), limit=1)) == 1
 
 
+def test_what_is_left_out_is_said_where_the_source_is_named(write) -> None:
+    found = load_pairs(write("a.csv", "a,b,1\n,d,2\ne,f,3\n"))
+    assert (found.empty, found.source.endswith("a.csv (1 empty left out)")) == (1, True)
+    assert load_pairs(write("b.csv", "a,b,1\n")).source.endswith("b.csv")
+    assert EvaluationData(pairs={"a": found}).sources() == {"a": found.source}
+
+
 @pytest.mark.parametrize("name", ["score", "similarity_score", "label"])
 def test_a_score_is_found_by_each_of_its_names(
     write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -653,7 +661,7 @@ def test_retrieval_from_trec_and_beir(write, qrels: str) -> None:
     assert (found.query_ids, found.queries) == (["1", "2"], ["who purrs", "who barks"])
     assert found.qrels == {"1": {"d1": 2}, "2": {"d2": 0}}
     assert (found.unknown, found.empty) == (2, 1)
-    assert "2 judgements of unknown ids" in str(found)
+    assert found.source.endswith("qrels.tsv (1 empty and 2 judgements of unknown ids left out)")
 
 
 @pytest.mark.parametrize(
@@ -694,6 +702,7 @@ def test_labels_are_numbered_by_the_sorted_names_of_train(write) -> None:
     assert (found.names, found.labels, found.texts, found.empty) == (["ant", "zebra"], [1, 0, 1], ["a", "b", "c"], 1)
     assert found.test is not None
     assert (found.test.labels, found.test.names, len(found.test)) == ([0], ["ant", "zebra"], 1)
+    assert found.sources() == f"{train} (1 empty left out), {train.with_name('test.csv')}"
 
 
 def test_numbers_are_sorted_as_numbers(write) -> None:

@@ -107,6 +107,13 @@ def test_the_first_system_is_meant_and_is_the_student_by_another_name() -> None:
     assert read_gates(["student -> mixed index: ndcg >= 0"], TASKS, (*OF_A_RUN, STUDENT + MIXED))
 
 
+def test_a_model_that_is_called_student_is_meant_by_that_name() -> None:
+    systems = ["a/other", "a/other" + INDEX, "student", "student" + INDEX, "teacher"]
+    texts = ["ndcg >= 0", "student: ndcg >= 0", "student -> teacher's index: ndcg >= 0"]
+    gates = read_gates(texts, TASKS, systems)
+    assert [gate.system for gate in gates] == ["a/other", "student", "student" + INDEX]
+
+
 def test_the_names_of_fidelity_are_those_that_are_measured() -> None:
     found = fidelity_slices(torch.randn(30, 8), torch.randn(30, 8))[0].scores
     assert set(found) == {*HEADLINES, *FURTHER}

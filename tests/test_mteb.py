@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import runs
 import tiny
+import torch
 
 from distill import students
 from distill.data import Labelled, Pairs, Retrieval
 from distill.encoder import Encoder
 from distill.errors import RecipeError, ResourceError
 from distill.evaluation import EvaluationData, Scores, evaluate, mteb
+from distill.modules import Truncate
 
 installed = pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="the extra mteb is not installed")
 PAIRS = Pairs(sentence1=tiny.SENTENCES[:6], sentence2=tiny.SENTENCES[6:], score=[0.0, 1.0, 5.0, 2.5, 3.0, 4.0])
@@ -48,7 +50,7 @@ def test_each_task_of_a_model_is_a_file(scored: tuple, data: EvaluationData, tmp
     encoders, scores = scored
     paths = mteb.write_results(scores, data, encoders, tmp_path)
     student = encoders["runs/mine/student"]
-    place = tmp_path / "results" / "mine__student" / str(student.fingerprint()["weights"])[:40]
+    place = tmp_path / "results" / "mine__student" / mteb.revision(student)
     assert paths == [place / f"{name}.json" for name in ("my-sts", "docs", "kinds")]
     [subset] = json.loads(paths[1].read_text())["scores"]["test"]
     row = scores.table["runs/mine/student"]
@@ -93,6 +95,21 @@ def test_a_model_has_an_owner_and_a_name(teacher: Encoder, name: str, expected: 
     assert len(mteb.revision(teacher)) == 40
     teacher.commit = "a" * 40
     assert mteb.revision(teacher) == "a" * 40
+
+
+def test_a_student_that_gives_other_vectors_has_another_revision(teacher: Encoder, tmp_path: Path) -> None:
+    """With the same weights; the result of one would be shown for the other."""
+    teacher.save_pretrained(tmp_path / "student")
+    found = {mteb.revision(teacher), mteb.revision(Encoder.from_pretrained(tmp_path / "student"))}
+    assert len(found) == 1
+    for changed in range(1, 5):
+        other = Encoder.from_pretrained(tmp_path / "student")
+        other.head = torch.nn.Sequential(*other.head, *([Truncate(8)] if changed == 1 else []))
+        other.max_length -= changed == 2
+        other.prompts |= {"query": "find: "} if changed > 2 else {}
+        other.default_prompt_name = "query" if changed == 4 else None
+        found.add(mteb.revision(other))
+        assert len(found) == 1 + changed
 
 
 def test_mteb_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

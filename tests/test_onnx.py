@@ -163,6 +163,19 @@ def test_the_command_writes_files_and_a_section_of_the_card(exported: Any, tmp_p
 
 
 @runtime
+def test_prompts_stand_in_a_paragraph_of_their_own(exported: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    exported("static")[0].save_pretrained(folder)
+    student = Encoder.from_pretrained(folder)
+    student.prompts["query"] = "find: "
+    student.save_pretrained(folder)
+    (tmp_path / "texts.txt").write_text("\n".join(tiny.SENTENCES))
+    assert main([str(folder), "--onnx", "--texts", str(tmp_path / "texts.txt")]) == 0
+    card = (folder / "README.md").read_text()
+    assert '```\n\nPut the prompt of its role before a text: {"query": "find: "}.\n\nMeasured beside' in card
+
+
+@runtime
 def test_a_command_that_fails_leaves_the_folder_as_it_was(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

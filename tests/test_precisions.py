@@ -11,7 +11,7 @@ import torch
 from sentence_transformers.util import quantize_embeddings
 
 from distill.config import EvaluationConfig
-from distill.data import Retrieval
+from distill.data import Pairs, Retrieval
 from distill.encoder import Encoder
 from distill.evaluation import EvaluationData, Precision, evaluate, quantize, restore
 from distill.evaluation.precisions import value_ranges
@@ -93,6 +93,28 @@ def test_each_precision_is_measured_against_the_models_own_vectors(tiny_bert: Pa
     assert report["binary"]["kept"]["overlap@10 with float32"] == pytest.approx(binary)
     table = scores.stored_table()
     assert all(word in table for word in ("teacher", "student", *forms, "128", f"{binary:.3f}", f"{binary:.1%}"))
+
+
+@pytest.mark.parametrize(("count", "measured"), [(1, False), (20, False), (21, True)])
+def test_few_texts_have_no_overlap_and_a_vector_has_its_bytes(
+    tiny_bert: Path, tmp_path: Path, count: int, measured: bool
+) -> None:
+    teacher, texts = Encoder.from_pretrained(tiny_bert), runs.texts(count)
+    data = EvaluationData(texts=[*texts, *texts], precisions=("int8", "binary"))
+    found = evaluate({}, teacher, data, store=tmp_path / "store", speed=False).stored
+    assert [one.bytes for one in found] == [128, 32, 32, 4]
+    assert [list(one.scores) for one in found] == [["overlap@10 with float32"] if measured else []] * 4
+
+
+def test_the_bytes_of_a_vector_are_known_without_texts_or_documents(tiny_bert: Path, tmp_path: Path) -> None:
+    teacher, pairs = (
+        Encoder.from_pretrained(tiny_bert),
+        Pairs(sentence1=["a", "b"], sentence2=["c", "d"], score=[0.0, 1.0]),
+    )
+    data = EvaluationData(pairs={"sts": pairs}, precisions=("int8",))
+    found = evaluate({}, teacher, data, store=tmp_path / "store", speed=False).stored
+    assert [one.bytes for one in found] == [128, 32, 32]
+    assert evaluate({}, teacher, EvaluationData(precisions=("int8",)), store=tmp_path / "store").stored == []
 
 
 def test_nothing_is_measured_that_was_not_asked_for(tiny_bert: Path, tmp_path: Path) -> None:

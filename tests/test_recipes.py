@@ -287,7 +287,8 @@ def add_small_runs() -> None:
         launchers = {"one": PYTHON, "two": [*TORCHRUN, str(29610 + number)]}
         for processes, launcher in launchers.items():
             place = f"{name}-{processes}"
-            own = "" if recipe in ("bench_losses", "incremental") else f" --store stores/{place}"
+            without = recipe in ("bench_losses", "incremental") or name == "classify-all"
+            own = "" if without else f" --store stores/{place}"
             JOBS[place] = lambda s, r=recipe, f=flags + own, p=place, la=launcher: s.run(r, f, p, la)
 
 
@@ -360,6 +361,12 @@ BAD = {
         ["give --shapes of as many columns as rows"],
     ),
     "one task": ("incremental", "--train-data x --encoder x --tasks 1", 2, ["--tasks is 2 or more, got 1"]),
+    "one way twice": (
+        "incremental",
+        "--train-data x --encoder x --ways less-forget less-forget",
+        2,
+        ["--ways are different, got less-forget, less-forget"],
+    ),
     "no such way": ("incremental", "--train-data x --encoder x --ways ewc", 2, ["--ways knows fine-tuning", "got ewc"]),
     "pull below 0": (
         "classify",
@@ -616,6 +623,8 @@ def test_evaluate_prints_fidelity_in_full_and_a_p_value_for_each_difference(sess
     ran = session(f"evaluate-all-{processes}").all_is_well()
     bert, mpnet = session.names["bert"], session.names["mpnet"]
     report = ran.json("report.json")
+    assert "texts.jsonl: 62 texts from 62 rows (0 empty and 0 duplicates left out)" in report["data"]
+    assert ran.out.startswith(f"{report['data']}\n")
     flags = ran.json("recipe.json")["recipe"]["evaluation"]
     retrieval = f"{flags['corpus']}, {flags['queries']}, {flags['qrels']}"
     assert report["scored_on"] == {"sts": flags["sts"][0], "documents": retrieval}
@@ -675,6 +684,9 @@ def test_keep_index_scores_the_four_ways_to_use_it(session: Session, variant: st
     assert "with an index half of whose documents the student added: documents ndcg@10" in ran.out
     values = {name: table[name]["documents ndcg@10"]["value"] for name in systems}
     assert len(set(values.values())) == 4  # four indexes, four numbers
+    data = ran.json("report.json")["data"]
+    assert re.fullmatch(r"documents: \S+documents\.jsonl: 62 texts .*; queries: \S+queries\.jsonl: 24 texts .*", data)
+    assert f"{data}; 12 documents held out\n" in ran.out
     [(seen, count)] = ran.json("report.json")["seen_in_training"].items()
     assert f"among the training texts: {count} {seen}\n" in ran.out
     assert (seen, count > 0) == ("queries of documents", True)
@@ -712,6 +724,7 @@ def test_classify_reports_its_accuracy(session: Session, job: str) -> None:
     assert report["accuracy"]["value"] > 2 / report["classes"]
     assert report["test_texts_seen_in_training"] == report["train_texts"] < len(texts)
     assert f"{report['train_texts']} test texts are among those of training" in ran.out
+    assert report["data"] == ", ".join([session.names["labelled"]] * 2)
     assert f"accuracy {report['accuracy']['value']:.3f}" in ran.out
 
 
@@ -737,6 +750,7 @@ def test_classify_trains_encoder_and_head_and_leaves_both(session: Session, proc
 def test_incremental_compares_ways_to_learn_classes(session: Session, processes: str) -> None:
     ran = session(f"incremental-all-{processes}").all_is_well()
     ways = ran.json("report.json")["ways"]
+    assert ran.json("report.json")["data"] == ", ".join([session.names["labelled"]] * 2)
     assert list(ways) == ["fine-tuning", "fixed proxies", "less-forget", "frozen encoder"]
     for name, way in ways.items():
         assert [[len(row) for row in matrix] for matrix in way["accuracy of each task"]] == [[1, 2, 3], [1, 2, 3]]

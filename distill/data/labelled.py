@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from distill.errors import DataError
 from distill.tables.sources import Source, read_table
-from distill.tables.table import Place, find_column, meant
+from distill.tables.table import Place, find_column, meant, with_left_out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
     """Texts and the number of their class; `names[label]` is its name. `empty` rows were left out.
 
-    `source` is where they come from; a Hub data set with its commit.
+    `source` is where they come from, a Hub data set with its commit; it names the count of empty rows, too.
     """
 
     texts: list[str]
@@ -24,6 +24,10 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def sources(self) -> str:
+        """Where these texts and those to test on come from, as far as it is known."""
+        return ", ".join(part.source for part in (self, self.test) if part and part.source)
 
 
 def load_labelled(
@@ -53,10 +57,9 @@ def load_labelled(
                     f"{place}: the label {name!r} does not occur in {origins[0].table.name}.{meant(name, names)}"
                 )
         test_labels = [number[name] for name in test_found]
-        held_out = Labelled(
-            texts=test_texts, labels=test_labels, names=names, empty=test_empty, source=places[0].table.name
-        )
-    labels, source = [number[name] for name in found], origins[0].table.name
+        source = with_left_out(places[0].table.name, {"empty": test_empty})
+        held_out = Labelled(texts=test_texts, labels=test_labels, names=names, empty=test_empty, source=source)
+    labels, source = [number[name] for name in found], with_left_out(origins[0].table.name, {"empty": empty})
     return Labelled(texts=texts, labels=labels, names=names, test=held_out, empty=empty, source=source)
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from distill.errors import DataError
 from distill.tables.sources import Source, read_table
-from distill.tables.table import Table, find_column, shown
+from distill.tables.table import Table, find_column, shown, with_left_out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
     """Two sentences and how alike people found them, row by row. `empty` rows were left out.
 
-    `source` is where they come from; a Hub data set with its commit.
+    `source` is where they come from, a Hub data set with its commit; it names the count of empty rows, too.
     """
 
     sentence1: list[str]
@@ -60,9 +60,8 @@ def load_pairs(
             break
     if not len(pairs):
         raise DataError(f"{table.name} holds no pair of sentences ({empty} rows are empty).")
-    return Pairs(
-        sentence1=pairs.sentence1, sentence2=pairs.sentence2, score=pairs.score, empty=empty, source=table.name
-    )
+    named = with_left_out(table.name, {"empty": empty})
+    return Pairs(sentence1=pairs.sentence1, sentence2=pairs.sentence2, score=pairs.score, empty=empty, source=named)
 
 
 def _number(table: Table, number: int, row: dict[str, Any], column: str) -> float:

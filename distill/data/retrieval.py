@@ -7,14 +7,14 @@ from pathlib import Path
 from distill.errors import DataError
 from distill.tables.files import read_lines, refuse_missing
 from distill.tables.sources import Source, read_table
-from distill.tables.table import find_column, with_names
+from distill.tables.table import find_column, with_left_out, with_names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
     """Documents, queries, and which document is how relevant to which query: qrels[query id][document id] = grade.
 
-    `source` is where the three come from; a Hub data set with its commit.
+    `source` is where the three come from, a Hub data set with its commit; it names what was left out, too.
     """
 
     corpus_ids: list[str]
@@ -26,13 +26,6 @@ class Retrieval:
     unknown: int = 0  # judgements of documents or queries that do not exist, left out
     source: str = ""
 
-    def __str__(self) -> str:
-        judged = sum(map(len, self.qrels.values()))
-        return (
-            f"{len(self.corpus):,} documents, {len(self.queries):,} queries ({len(self.qrels):,} judged), {judged:,} "
-            f"judgements; left out: {self.unknown:,} judgements of unknown ids, {self.empty:,} empty texts"
-        )
-
 
 def load_retrieval(corpus: Source, queries: Source, qrels: str | Path) -> Retrieval:
     """Documents and queries with columns id (or _id), text and perhaps title (put before the text); TREC or BEIR qrels.
@@ -43,15 +36,17 @@ def load_retrieval(corpus: Source, queries: Source, qrels: str | Path) -> Retrie
     corpus_ids, documents, empty_documents, corpus_name = _identified(corpus)
     query_ids, texts, empty_queries, queries_name = _identified(queries)
     judgements, unknown = _qrels(Path(qrels), set(query_ids), set(corpus_ids))
+    empty = empty_documents + empty_queries
+    left_out = {"empty": empty, "judgements of unknown ids": unknown}
     return Retrieval(
         corpus_ids=corpus_ids,
         corpus=documents,
         query_ids=query_ids,
         queries=texts,
         qrels=judgements,
-        empty=empty_documents + empty_queries,
+        empty=empty,
         unknown=unknown,
-        source=f"{corpus_name}, {queries_name}, {qrels}",
+        source=with_left_out(f"{corpus_name}, {queries_name}, {qrels}", left_out),
     )
 
 

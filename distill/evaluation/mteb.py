@@ -35,7 +35,7 @@ _NAMES = {
 class MtebEncoder:
     """An encoder as `mteb.evaluate` takes it: the prompt is that of the task's role, query or document; likeness is the cosine.
 
-    Its name is ORG/NAME, that of a folder its last two parts; its revision the commit, or the hash of its weights.
+    Its name is ORG/NAME, that of a folder its last two parts; its revision the commit, or `revision`'s digest.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -135,8 +135,9 @@ def model_name(encoder: Encoder) -> str:
 
 
 def revision(encoder: Encoder) -> str:
-    """The commit of a model of the Hub, or the hash of its weights, in 40 digits."""
-    return encoder.commit or str(encoder.fingerprint()["weights"])[:40]
+    """The commit of a model of the Hub, or a digest of all that changes a vector, prompts included, in 40 digits."""
+    parts = [encoder.fingerprint(), *(encoder.prompt(role) for role in (None, "query", "document"))]
+    return encoder.commit or files.digest(json.dumps(parts, sort_keys=True).encode())[:40]
 
 
 def _task_results(row: Mapping[str, Score], data: EvaluationData) -> Iterator[dict[str, Any]]:

@@ -77,11 +77,11 @@ class EvaluationData:
         return {name: count for name, count in counts.items() if count}
 
     def sources(self) -> dict[str, str]:
-        """Where each labelled task comes from, as far as it is known; data sets on the Hub with their commits."""
+        """Where each labelled task comes from, as far as it is known, data sets on the Hub with their commits; and what was left out."""
         found = {name: pairs.source for name, pairs in self.pairs.items()}
         found |= {name: task.source for name, task in self.retrieval.items()}
         for name, labelled in self.labelled.items():
-            found[name] = ", ".join(part.source for part in (labelled, labelled.test) if part and part.source)
+            found[name] = labelled.sources()
         return {name: source for name, source in found.items() if source}
 
     def any_texts(self) -> list[str]:
@@ -186,9 +186,10 @@ def _retrieval_scores(queries: Encode, documents: Sequence[Encode], data: Evalua
 
 def _stored_scores(system: str, encode: Encode, data: EvaluationData) -> list[Stored]:
     """A system's own queries and documents, in fewer bytes."""
-    if not data.precisions:
+    texts = data.texts if data.texts or data.retrieval else data.any_texts()[:1]  # one for a vector's bytes alone
+    if not data.precisions or not (texts or data.retrieval):
         return []
-    return stored_scores(system, encode, data.precisions, data.texts, data.role, data.retrieval)
+    return stored_scores(system, encode, data.precisions, texts, data.role, data.retrieval)
 
 
 def _labels_scores(encode: Encode, data: EvaluationData) -> dict[str, Score]:

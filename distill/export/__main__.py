@@ -121,7 +121,8 @@ def _write_width(student: Encoder, folder: Path) -> None:
 
 def _describe_onnx(student: Encoder, folder: Path, texts: Sequence[str], measured: Sequence[onnx.Measured]) -> None:
     prompts = {role: prompt for role, prompt in student.prompts.items() if prompt}
-    before = f" Put the prompt of its role before a text: {json.dumps(prompts, ensure_ascii=False)}." if prompts else ""
+    said = json.dumps(prompts, ensure_ascii=False)
+    before = f"Put the prompt of its role before a text: {said}.\n\n" if prompts else ""
     source = ", ".join(texts) or "docstrings of the packages on the machine that wrote the files"
     lines = "\n".join(f"- `{onnx.FOLDER}/{one.file}`{str(one).removeprefix(one.file)}" for one in measured)
     body = (

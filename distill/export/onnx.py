@@ -41,7 +41,7 @@ class Measured:
     """What a file loses: its vectors beside the PyTorch student's, of the same texts.
 
     largest_difference: of any number of a vector, over the vector's length; cosine: of a text's two vectors, their mean and the lowest; overlap: share of a
-    text's ten nearest others that stays, None for ten texts or fewer.
+    text's ten nearest others that stays, None for twenty texts or fewer.
     """
 
     file: str

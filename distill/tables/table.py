@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -66,6 +66,12 @@ class Place:
 
     def __str__(self) -> str:
         return self.table.at(self.number, self.column)
+
+
+def with_left_out(source: str, counts: Mapping[str, int]) -> str:
+    """A source's name with how many rows of which kind were left out of it, if any were."""
+    some = [f"{count:,} {kind}" for kind, count in counts.items() if count]
+    return f"{source} ({' and '.join(some)} left out)" if some else source
 
 
 def sampled(table: Table) -> Table:
