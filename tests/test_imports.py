@@ -123,6 +123,7 @@ ORDER = [
     "training.finite",
     "training.settings",
     "training.execution",
+    "training.acceleration",
     "training.averaging",
     "training.anchor",
     "training.table_rows",
