@@ -1,4 +1,4 @@
-"""Accelerate for one run: as the recipe says, whatever was used before in this process, and afterwards as it was."""
+"""Accelerate for one run: as the recipe says, whatever was used before in this process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def accelerator_of(config: TrainConfig, output: Path) -> Iterator["Accelerator"]:
-    """An Accelerator that no other one of this process shares its precision and its gradient accumulation with.
+    """An Accelerator with a precision and an accumulation of its own; the caller's is afterwards as it was.
 
-    Accelerate keeps both for the whole process: else a second run of a notebook had the first one's precision, and after a
-    loop of the user's that stopped between two accumulated batches no step would change a weight.
+    Accelerate keeps both for the whole process. Without this a second run in a notebook would have the first one's precision,
+    and after a loop that stopped between two accumulated batches no step would change a weight.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
