@@ -21,6 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: with several workers, what one of them begins last is what all others wait for."""
+    items.sort(key=lambda item: item.path.stem != "test_simulated_cuda")
+
+
 @pytest.fixture(autouse=True)
 def torch_seed() -> None:
     torch.manual_seed(0)
