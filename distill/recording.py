@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill import distributed, files
+from distill import distributed, files, run_lock
 from distill.errors import IntegrityError, RecipeError, ResourceError, explained
 from distill.export import this_command
 from distill.folder import refuse_other_files
@@ -40,7 +40,7 @@ def record(recipe: Any, output: Path, *, leaves: Collection[str] = ("student",),
 
     IntegrityError if the recipe is to resume a run that was begun with other flags. `leaves` are the models that the run puts
     into the folder, "student" and "head": RecipeError if one that is there would stay beside the result. `quiet`: an earlier
-    run is replaced without a word. A --plan writes nothing.
+    run is replaced without a word. A --plan writes nothing. The folder is then this process's until it ends (`run_lock`).
     """
     if getattr(recipe, "plan", False):
         return
@@ -53,9 +53,10 @@ def _record(recipe: Any, output: Path, leaves: Collection[str], quiet: bool) -> 
     try:
         refuse_other_files(output / "student")
         refuse_other_files(output / "head", "head")
-        begun = any((output / "checkpoints").glob("step-*"))
-        if not begun:
+        if not _begun(output):
             _refuse_foreign(output)
+        run_lock.take(output)
+        begun = _begun(output)
         trains = "student" in leaves and bool({"train", "resume"} & value["recipe"].keys())
         _refuse_what_would_stay(output, leaves, checkpoints=begun and not trains)
         first = beside if beside.exists() else path
@@ -77,6 +78,10 @@ def _record(recipe: Any, output: Path, leaves: Collection[str], quiet: bool) -> 
         (output / "non-finite.json").unlink(missing_ok=True)
     except OSError as error:
         raise ResourceError(f"{explained(error)} Name a folder you may write to with --output.") from error
+
+
+def _begun(output: Path) -> bool:
+    return any((output / "checkpoints").glob("step-*"))
 
 
 def _refuse_what_would_stay(output: Path, leaves: Collection[str], *, checkpoints: bool) -> None:

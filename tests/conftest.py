@@ -11,6 +11,8 @@ import torch
 jaxtyping.install_import_hook("distill", "beartype.beartype")
 torch.set_num_threads(1)  # as in the processes that tests start: the last bit of a product depends on the threads
 
+LONGEST = ["test_recipes", "test_simulated_cuda", "test_training", "test_notebooks"]  # files, in minutes
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """No GPU unless it is asked for: the tests say the same on every machine, in two processes, too.
@@ -22,8 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: with several workers, what one of them begins last is what all others wait for."""
-    items.sort(key=lambda item: item.path.stem != "test_simulated_cuda")
+    """The longest files first: a file is one worker's, and what begins last is what the other workers wait for."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

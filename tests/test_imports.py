@@ -46,6 +46,7 @@ ORDER = [
     "metrics.incremental",
     "metrics",
     "distributed",
+    "run_lock",
     "runlog",
     "losses.sentence_transformers",  # an adapter to a trainer, not an objective: `losses` does not import it
     "model_files",

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from distill import distributed, files, runlog
+from distill import distributed, files, run_lock, runlog
 from distill.encoder import Encoder
 from distill.errors import IntegrityError, NumericsError, Stopped
 from distill.modules import Reading, TransformerBackbone
@@ -67,14 +67,14 @@ def train(
 
     With config.ema_decay the student ends as the average of its weights; its last own weights are in the last checkpoint.
 
-    Those of an earlier run in OUTPUT are deleted, unless config.resume. The step at which `seconds` have passed is the last;
+    Those of an earlier run in OUTPUT are deleted, unless config.resume; RecipeError while another process trains there. The step at which `seconds` have passed is the last;
     the rate's schedule is one of all steps, and cut short there.
 
     `loss` is called as loss(student, teacher); one with `uses_bank` also gets bank=, keys=, bank_keys=. A loss or gradient
     that is not finite stops all processes before the update (NumericsError, rows in OUTPUT/non-finite.json). Ctrl-C and
     SIGTERM finish the step, save, and raise Stopped.
     """
-    with accelerator_of(config, Path(output)) as accelerator:
+    with accelerator_of(config, Path(output)) as accelerator, run_lock.held(Path(output)):
         return _Loop(student, data, store, loss, config, Path(output), accelerator).run(seconds)
 
 
