@@ -43,6 +43,19 @@ def test_it_is_the_temperature_of_as_many_training_vectors_as_a_step_has(
     assert found(prepared, tmp_path / "all", columns=10**6).columns == 50
 
 
+def test_a_text_of_the_same_key_is_no_column_of_its_row(prepared: tuple[Examples, Store], tmp_path: Path) -> None:
+    data, store = prepared
+    first = found(prepared, tmp_path, columns=50)
+    twins = data.keys.clone()
+    twins[25:] = twins[:25]
+    again = found((replace(data, keys=twins), store), tmp_path, columns=50)
+    chosen = sampling.permutation(3, 0, 50)
+    expected = calibrate_temperature(
+        store.take(data.rows[chosen]), perplexity=8.0, keys=twins[torch.from_numpy(chosen)]
+    )
+    assert again.temperature == expected != first.temperature
+
+
 def test_a_run_that_goes_on_reads_it_back_to_the_last_digit(
     prepared: tuple[Examples, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

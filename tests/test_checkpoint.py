@@ -79,8 +79,8 @@ def test_a_model_on_the_cpu_leaves_a_gpu_alone(tmp_path: Path, monkeypatch: pyte
 
 def test_only_the_newest_stay_and_what_killed_writers_left_goes(tmp_path: Path) -> None:
     (tmp_path / ".step-00000003.abc_1234").mkdir()
-    write(tmp_path, 1, 2, 3, 100_000_000, keep=2)
-    assert names(tmp_path) == ["step-00000003", "step-100000000"]
+    write(tmp_path, 1, 2, 99_999_999, 100_000_000, keep=2)
+    assert names(tmp_path) == ["step-100000000", "step-99999999"]
     found = load(tmp_path)
     assert found is not None
     assert found.step == 100_000_000
@@ -148,6 +148,13 @@ def test_a_damaged_later_checkpoint_does_not_outlive_a_whole_earlier_one(tmp_pat
     found = load(tmp_path)
     assert found is not None
     assert found.step == 25
+
+
+def test_tidying_does_what_a_save_that_was_killed_had_still_to_do(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, 3, 4)
+    (tmp_path / ".step-00000003.abc_1234").mkdir()
+    checkpoint.tidy(tmp_path, 3, keep=2)
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]  # the last was passed over: it stays
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_changed(tmp_path: Path) -> None:

@@ -330,6 +330,13 @@ def test_a_second_writer_gives_the_same_bits_with_the_codec_of_the_first(small: 
     assert len(Store.open(small.path)) == 230
 
 
+def test_stores_of_two_codecs_are_two_things_to_train_on(small: Store, form: str, tmp_path: Path) -> None:
+    again, other = make(tmp_path / "again", form, vectors()), make(tmp_path / "other", form, vectors(seed=9))
+    assert (small.identity, small.digest) == (again.identity, again.digest)
+    assert small.identity != other.identity
+    assert small.digest != other.digest
+
+
 def test_space_is_asked_for_by_the_true_bytes(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     needed = 1000 * small.row_bytes * 11 // 10

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from safetensors.numpy import save_file
 
-from distill import distributed
+from distill import distributed, files
 from distill.embed import default_store, embed, embed_vocabulary, import_vectors, job, places, taking
 from distill.embed.taking import main
 from distill.encoder import Encoder
@@ -413,6 +413,23 @@ def test_a_compressed_build_that_stops_anywhere_goes_on_to_the_same_bits(
     assert not (tmp_path / "cut" / ".sample").exists()
 
 
+def test_a_sample_that_a_kill_left_behind_is_taken_in_once(
+    teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = runs.texts(40)
+
+    def stop(path: Path) -> None:
+        raise MemoryError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "remove_folder", stop)
+        with pytest.raises(MemoryError, match="killed"):
+            embed(texts, teacher, tmp_path, store_as="int8")
+    assert (tmp_path / ".sample").exists()
+    assert len(embed(texts, teacher, tmp_path, store_as="int8")) == 40
+    assert not (tmp_path / ".sample").exists()
+
+
 # What is left where nothing is missing
 
 
@@ -446,6 +463,15 @@ def test_the_list_of_a_job_that_is_not_done_stays(teacher: Encoder, tmp_path: Pa
     assert not job_list.exists()
 
 
+def test_fewer_texts_than_those_of_an_unfinished_job_are_a_job_of_their_own(teacher: Encoder, tmp_path: Path) -> None:
+    texts = runs.texts(20)
+    embed(texts[:10], teacher, tmp_path)
+    leftovers(tmp_path, text_keys(texts))
+    store = embed(texts[5:15], teacher, tmp_path)
+    assert len(store) == 15
+    torch.testing.assert_close(store.vectors(texts[:15]), teacher.encode(texts[:15]), rtol=1e-3, atol=1e-3)
+
+
 # Vectors that exist already
 
 
@@ -463,6 +489,13 @@ def test_vectors_of_this_teacher_are_taken_over(teacher: Encoder, counted: Count
     embed(texts, teacher, tmp_path)
     assert counted.texts == 0
     assert len(import_vectors(texts, vectors, teacher, tmp_path)) == 50
+
+
+def test_a_vector_of_a_text_without_tokens_is_set_aside_as_such(teacher: Encoder, tmp_path: Path) -> None:
+    texts = [*runs.texts(9), ""]
+    vectors = np.concatenate([teacher.encode(texts[:9]).numpy(), np.ones((1, teacher.width), np.float32)])
+    store = import_vectors(texts, vectors, teacher, tmp_path, checked=1)
+    assert store.flags[store.find(text_keys(texts))].tolist() == [GOOD] * 9 + [NO_TOKENS]
 
 
 def test_other_vectors_are_refused(teacher: Encoder, tmp_path: Path) -> None:

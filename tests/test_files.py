@@ -25,6 +25,45 @@ def test_a_file_is_published_whole_and_nothing_else_stays(tmp_path: Path) -> Non
     assert [*path.parent.iterdir()] == [path]
 
 
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
+    """What is flushed to the disk, by its inode, and renamed, in its order."""
+    calls: list[int | str] = []
+    fsync, exchange = os.fsync, files.exchange
+
+    def renamed(change: Callable[..., bool | None]) -> Callable[..., bool | None]:
+        def noted(*paths: Path) -> bool | None:
+            calls.append("renamed")
+            return change(*paths)
+
+        return noted
+
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "replace", renamed(os.replace))
+    monkeypatch.setattr(os, "rename", renamed(os.rename))
+    monkeypatch.setattr(files, "exchange", renamed(exchange))
+    return calls
+
+
+def test_a_file_outlives_a_power_cut(tmp_path: Path, done: list[int | str]) -> None:
+    """Its content is on the disk before it has its name, and its name before the writer goes on."""
+    path = tmp_path / "a.txt"
+    with files.published_file(path) as temporary:
+        temporary.write_text("new")
+    assert done == [path.stat().st_ino, "renamed", tmp_path.stat().st_ino]
+
+
+def test_a_folder_outlives_a_power_cut(tmp_path: Path, done: list[int | str]) -> None:
+    path = tmp_path / "model"
+    for content in ("old", "new"):
+        done.clear()
+        _publish(path, content)
+        inside = [item.stat().st_ino for item in (*path.rglob("*"), path)]
+        assert sorted(map(str, done[: len(inside)])) == sorted(map(str, inside))
+        assert {*done[len(inside) : -1]} == {"renamed"}
+        assert done[-1] == tmp_path.stat().st_ino
+
+
 @pytest.mark.parametrize("error", [ValueError, Interrupted])
 def test_a_failed_write_leaves_the_file_before(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "a.txt"

@@ -189,6 +189,18 @@ def steps(sizes: list[list[int]], micro_batch: int, where: str = "", most: int =
     return found | {"size": adding.micro_batch.size}
 
 
+def cut_then_short() -> list[int]:
+    """How many texts DDP has seen, a pass each: of two steps of three texts a process, cut in two, and one of two texts."""
+    mine, through = Texts(), []
+    model = wrapped(mine, [])
+    model.register_forward_pre_hook(lambda _, given: through.append(len(given[0])))
+    adding = StepGradients(mine, model, micro_batch=2, device=torch.device("cpu"))
+    for step, each in enumerate(([3, 3], [3, 3], [2, 2])):
+        [one] = batches(step, [each])
+        adding.add([share(*one, each)])
+    return through
+
+
 def _refuse(where: str, most: int, now: str, count: int) -> None:
     if where == now and count > most:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -205,7 +217,14 @@ def everything() -> dict[str, Any]:
         for name in LOSSES
     }
     small = {where: steps(EVEN, size, where, most=1, at=1) for where, size in SMALL.items()}
-    return {"own": own, "even": steps(EVEN, 8), "uneven": steps(UNEVEN, 8), "cut": steps(UNEVEN, 2), "small": small}
+    return {
+        "own": own,
+        "even": steps(EVEN, 8),
+        "uneven": steps(UNEVEN, 8),
+        "cut": steps(UNEVEN, 2),
+        "small": small,
+        "short": cut_then_short(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +260,12 @@ def test_ddp_exchanges_while_it_computes_once_as_many_tokens_have_fitted(two: tu
     for result in two[0]:
         assert result["even"]["through DDP"] == [[1], [1], [4], [1], [4], [4]]
         assert result["cut"]["through DDP"] == [[1]] * 6
+
+
+def test_what_fitted_in_pieces_has_not_fitted_at_once(two: tuple[list, str]) -> None:
+    """Two texts of a short batch run without DDP first, though three had as many tokens: these were run two and one."""
+    for result in two[0]:
+        assert result["short"] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("where", SMALL)

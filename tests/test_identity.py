@@ -185,6 +185,7 @@ def test_the_store_in_the_cache_is_found_again(
     assert embed(TEXTS, teacher).path == earlier
     assert sum(counted) <= len(TEXTS)
     assert not path.exists()
+    assert embed(TEXTS, teacher, store_as="int8").path not in (path, earlier)
     other = changed_folder(tiny_bert, tmp_path / tiny_bert.name, "config.json", num_attention_heads=2)
     assert embed(TEXTS, other).path not in (path, earlier)
 

@@ -363,6 +363,7 @@ def test_the_fingerprint_names_method_weights_texts_and_teachers(two: list[Store
         "base": procrustes_mean(two, tmp_path / "1"),
         "method": concatenate(two, tmp_path / "2", width=8),
         "weights": procrustes_mean(two, tmp_path / "3", weights=(2.0, 1.0)),
+        "a little": procrustes_mean(two, tmp_path / "9", weights=(1.0001, 1.0)),
         "width": concatenate(two, tmp_path / "4", width=6),
         "order": procrustes_mean(two[::-1], tmp_path / "5"),
         "texts": procrustes_mean(two, tmp_path / "6", keys=[text_keys(names()[:50])] * 2),

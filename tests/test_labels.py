@@ -98,6 +98,29 @@ def test_fixed_classes_stay_and_new_ones_keep_the_state_of_the_old(encoder: Enco
     assert not torch.equal(one.head.weight[:2], old)  # as they would have gone
 
 
+def test_a_fixed_class_keeps_each_of_its_proxies(encoder: Encoder) -> None:
+    head = CosineLinear(encoder.width, 3, nb_proxy=2, to_reduce=True)
+    one = LabelTraining(copy.deepcopy(encoder), head, LabelConfig(batch_size=5, epochs=1.0, distillation=0.0))
+    old = head.weight.detach().clone()
+    one.fit(labelled(encoder, pulled=False), fixed_classes=2)
+    assert (head.weight == old).all(dim=1).tolist() == [True] * 4 + [False] * 2
+
+
+def test_proxies_and_sigma_have_rates_of_their_own(encoder: Encoder) -> None:
+    one = training(encoder, learning_rate=0.25, proxy_learning_rate=2.0, sigma_learning_rate=8.0)
+    peaks = {value: group["peak"] for group in one.optimizer.param_groups for value in group["params"]}
+    assert (peaks.pop(one.head.weight), peaks.pop(one.head.sigma)) == (2.0, 8.0)
+    assert {*peaks.values()} == {0.25}
+
+
+def test_matrices_and_proxies_decay_and_vectors_and_sigma_do_not(encoder: Encoder) -> None:
+    one = training(encoder, weight_decay=0.3)
+    decays = {value: group["weight_decay"] for group in one.optimizer.param_groups for value in group["params"]}
+    parameters = [*one.encoder.parameters(), *one.head.parameters()]
+    assert {value: 0.3 * (value.ndim > 1) for value in parameters if value.requires_grad} == decays
+    assert decays[one.head.weight] == 0.3
+
+
 def test_the_rate_rises_and_falls_anew_with_every_fit(encoder: Encoder) -> None:
     one = training(encoder, epochs=4.0, warmup_fraction=0.25)
     for _ in range(2):

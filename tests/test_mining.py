@@ -7,6 +7,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+from filelock import Timeout
 from safetensors.numpy import load_file, save_file
 
 from distill.modules import Tokens
@@ -98,14 +99,31 @@ def test_what_is_damaged_is_found_anew(tmp_path: Path, content: Any) -> None:
     assert (load_file(path)["neighbours"] == found).all()
 
 
-def test_other_texts_counts_and_margins_have_files_of_their_own(tmp_path: Path) -> None:
+def test_other_texts_teachers_counts_and_margins_have_files_of_their_own(tmp_path: Path) -> None:
     data, store = examples(tmp_path)
     for count, margin in ((3, 1.0), (4, 1.0), (3, 0.9)):
         hard_neighbours(data, store, count=count, margin=margin)
     fewer = Examples(data.texts[:9], data.tokens, data.rows[:9], data.keys[:9])
     assert hard_neighbours(fewer, store, count=3, margin=1.0).shape == (9, 3)
-    assert len([*tmp_path.glob("neighbours-*.safetensors")]) == 4
+    other = Store(tmp_path, {"weights": "cd" * 32}, WIDTH, store.shards)  # put there in the place of the first
+    hard_neighbours(data, other, count=3, margin=1.0)
+    assert len([*tmp_path.glob("neighbours-*.safetensors")]) == 5
     Store.open(tmp_path, FINGERPRINT)  # and it is still a store
+
+
+def test_neighbours_are_written_while_no_writer_may_clear_them_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, store = examples(tmp_path)
+
+    def locked(*written: Any) -> None:
+        with pytest.raises(Timeout):
+            store.lock(timeout_seconds=0.0).acquire()
+        save_file(*written)
+
+    monkeypatch.setattr(mining, "save_file", locked)
+    hard_neighbours(data, store, count=3, margin=1.0)
+    assert len([*tmp_path.glob("neighbours-*.safetensors")]) == 1
 
 
 def test_a_store_that_cannot_be_written_to_is_said_and_no_obstacle(

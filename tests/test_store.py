@@ -227,6 +227,13 @@ def test_rows_count_only_once_the_manifest_names_them(tmp_path: Path, capsys: py
     assert Store.open(tmp_path).vectors(["a"])[0, 0] == 0
 
 
+def test_a_store_that_has_looked_for_a_row_finds_one_that_is_published_later(two: Store) -> None:
+    later = text_keys(["a", "z"])
+    assert two.find(later).tolist() == [0, -1]
+    two.publish(two.append(rows(["z"])))
+    assert two.find(later).tolist() == [0, 6]
+
+
 def test_another_fingerprint_is_refused_and_every_differing_field_named(two: Store) -> None:
     for field in FINGERPRINT:
         with pytest.raises(IntegrityError, match="another encoder") as caught:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 from collections import Counter
 from contextlib import nullcontext
@@ -97,6 +98,43 @@ def test_the_loss_falls(model: str, store: Path, tmp_path: Path, kind: str, rate
     assert not run.student.training
 
 
+def test_a_trained_student_does_not_drop_out(model: str, store: Path, tmp_path: Path) -> None:
+    run = runs.small_run(model, tmp_path, store=store, dropout=0.1, steps=1)
+    assert not any(module.training for module in run.student.modules())
+
+
+def test_padding_is_that_of_the_run_and_not_of_what_was_read_before(model: str, store: Path, tmp_path: Path) -> None:
+    found = []
+    for before in ([], ["a", "a flute " * 20]):
+        student, data, stored = runs.prepared(model, store, 40)
+        if before:
+            student(student.tokenize(before).tokens)
+        run = train(student, data, stored, losses.GramMSE(), TrainConfig(batch_size=8), output=tmp_path)
+        found.append((run.padding, [entry["padding"] for entry in log(tmp_path)]))
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(np.mean(found[0][1]), abs=0.05)
+
+
+def test_the_log_is_on_the_disk_when_a_checkpoint_stands(
+    model: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: dict[int, int] = {}
+    fsync = os.fsync
+
+    def noted(file: int) -> None:
+        fsync(file)
+        found = os.fstat(file)
+        if found.st_ino == (tmp_path / "checkpoints").stat().st_ino:  # which names the new checkpoint
+            said = (tmp_path / "metrics.jsonl").stat()
+            assert flushed[said.st_ino] == said.st_size
+        flushed[found.st_ino] = found.st_size
+
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(os, "fsync", noted)
+    runs.small_run(model, tmp_path, store=store, kind="static", save_every=2)
+    assert (tmp_path / "checkpoints").stat().st_ino in flushed
+
+
 def test_what_is_logged(model: str, store: Path, tmp_path: Path) -> None:
     runs.small_run(model, tmp_path, store=store, loss="sum", epochs=1.5, batch_size=16)
     entries = log(tmp_path)
@@ -124,6 +162,13 @@ def test_any_number_of_texts_is_trained_on_once_an_epoch(model: str, store: Path
     assert len(set(seen)) == count
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0.05, 1), (0.75, 4), (1.5, 8)])
+def test_a_part_of_an_epoch_is_rounded_to_whole_steps(
+    model: str, store: Path, tmp_path: Path, epochs: float, steps: int
+) -> None:
+    assert runs.small_run(model, tmp_path, store=store, kind="static", epochs=epochs).steps == steps
+
+
 def test_the_schedule(model: str, store: Path, tmp_path: Path) -> None:
     for schedule, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1e-3)):
         options: dict[str, Any] = {"schedule": schedule, "steps": 20, "warmup_fraction": 0.25}
@@ -138,7 +183,8 @@ def test_the_schedule(model: str, store: Path, tmp_path: Path) -> None:
 def test_a_run_whose_time_is_up_is_one_of_fewer_steps(model: str, store: Path, tmp_path: Path, update: str) -> None:
     common: dict[str, Any] = {"store": store, "kind": "static", "table_update": update, "ema_decay": 0.5}
     common |= {"schedule": "constant", "warmup_fraction": 0.0}
-    short = runs.small_run(model, tmp_path / "short", steps=7, seconds=0.0, **common)
+    short = runs.small_run(model, tmp_path / "short", steps=7, seconds=0.0, save_every=5, **common)
+    assert (tmp_path / "short" / "checkpoints" / "step-00000001").is_dir()
     alone = runs.small_run(model, tmp_path / "alone", steps=1, **common)
     assert (short.steps, len(curve(tmp_path / "short"))) == (1, 1)
     assert_equal_weights(short, alone)
@@ -268,6 +314,23 @@ def test_vectors_that_were_set_aside_are_not_trained_on(model: str, tmp_path: Pa
     assert data.texts == runs.texts(20)
     assert "1 left out: teacher vector no tokens" in data.report
     train(student, data, stored, losses.CosineDistance(), TrainConfig(batch_size=8), output=tmp_path / "run")
+
+
+def test_what_each_side_cuts_is_reported(model: str, tmp_path: Path) -> None:
+    """A store does not keep whether there was more: a text that fills the teacher's limit counts as one that it may have cut."""
+    teacher = Encoder.from_pretrained(model, max_length=8)
+    student, texts = runs.student("static", teacher), ["the", "the " * 6, "the " * 7]
+    student.max_length = 6
+    data = match(texts, student, teacher, embed(texts, teacher, tmp_path))
+    assert data.report == "3 texts, 33.3% cut by the student, 66.7% reach the teacher's limit"
+
+
+def test_each_side_reads_texts_with_its_own_prompt(model: str, store: Path) -> None:
+    teacher, texts = runs.teacher(model), runs.texts(20)
+    student = runs.student("static", teacher)
+    student.prompts = {"query": "the "}
+    data = match({"query": texts}, student, teacher, Store.open(store))
+    assert torch.equal(data.tokens.ids, student.tokenize(texts, prompt="the ").tokens.ids)
 
 
 # Micro-batches
@@ -423,6 +486,16 @@ def test_the_bank_is_drawn_from_the_store_with_keys(model: str, store: Path, tmp
         assert torch.equal(given["teacher"], stored.take(data.rows[mine]))
     drawn = torch.cat([given["bank_keys"] for given in loss.given[:2]])
     assert len(drawn.unique()) == 32
+
+
+def test_every_batch_of_every_seed_has_a_bank_of_its_own(model: str, store: Path, tmp_path: Path) -> None:
+    student, data, stored = runs.prepared(model, store, 40, "static")
+    drawn = []
+    for seed in (0, 1):
+        loss, config = Watching(), TrainConfig(batch_size=8, accumulation=2, bank_size=16, seed=seed)
+        train(student, data, stored, loss, config, output=tmp_path)
+        drawn += [tuple(given["bank_keys"].tolist()) for given in loss.given]
+    assert len(set(drawn)) == len(drawn) == 2 * 5
 
 
 def test_a_text_is_no_negative_of_itself(model: str, store: Path, tmp_path: Path) -> None:
@@ -633,6 +706,15 @@ def test_a_finished_run_resumed_is_that_run(model: str, store: Path, uninterrupt
     assert_same_state(tmp_path / "run", uninterrupted)
 
 
+def test_a_resumed_run_keeps_as_many_checkpoints_as_are_asked_for_now(
+    model: str, store: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    cut_behind(uninterrupted, tmp_path / "run", 10)
+    fewer = LONG | {"keep_checkpoints": 1}
+    runs.small_run(model, tmp_path / "run", store=store, bank_size=16, resume=True, **fewer)
+    assert [item.name for item in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
+
+
 def test_the_time_of_a_run_is_that_of_all_its_parts(model: str, store: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"store": store, "steps": 10, "save_every": 5}
     whole = runs.small_run(model, tmp_path / "run", **options)
@@ -719,11 +801,12 @@ def test_another_teacher_does_not_resume(tiny_mpnet: Path, model: str, store: Pa
 def test_a_run_that_drew_its_banks_otherwise_does_not_resume(
     model: str, store: Path, tmp_path: Path, bank_size: int
 ) -> None:
-    """As it was before banks had an order of their own. A run without a bank goes on."""
+    """As it was before banks had an order of their own and time was kept. A run without a bank goes on."""
     runs.small_run(model, tmp_path / "run", store=store, bank_size=bank_size, **LONG)
     newest = tmp_path / "run" / "checkpoints" / "step-00000010"
     state, hashes = (json.loads((newest / name).read_text()) for name in ("state.json", "manifest.json"))
     assert (state["identity"].pop("bank_order", None) is not None) == bool(bank_size)
+    del state["spent"]
     (newest / "state.json").write_text(json.dumps(state))
     hashes["state.json"] = files.sha256(newest / "state.json")
     (newest / "manifest.json").write_text(json.dumps(hashes))
@@ -874,6 +957,15 @@ def test_rare_tokens_stay_near_their_start(model: str, store: Path, tmp_path: Pa
     assert left["unseen"] < 0.3  # what moves them is weight decay
 
 
+def test_rows_are_pulled_back_at_the_rate_of_the_table(model: str, store: Path, tmp_path: Path) -> None:
+    """Two ways to name the same rates of all parts."""
+    common: dict[str, Any] = {"store": store, "kind": "static", "start_decay": 30.0}
+    one = runs.small_run(model, tmp_path / "one", learning_rate=2**-6, table_rate=0.5, **common)
+    twice = {"projection_rate": 2.0, "token_weight_rate": 2.0}
+    other = runs.small_run(model, tmp_path / "other", learning_rate=2**-7, **twice, **common)
+    assert_close_weights(runs.weights(one), runs.weights(other))
+
+
 def test_the_bank_of_the_hard_stage_is_the_neighbours_of_the_batch(model: str, store: Path, tmp_path: Path) -> None:
     loss = Watching()
     student, data, stored = runs.prepared(model, store, 40, "static")
@@ -896,6 +988,17 @@ def test_the_bank_of_the_hard_stage_is_the_neighbours_of_the_batch(model: str, s
         assert near
         assert near == set(bank[: len(near)])
         assert len(set(bank)) == 16
+
+
+def test_the_shortest_hard_stage_is_the_last_step(model: str, store: Path, tmp_path: Path) -> None:
+    student, data, stored = runs.prepared(model, store, 40, "static")
+    banks = []
+    for stage in (None, 0.01):
+        loss = Watching()
+        config = TrainConfig(batch_size=8, bank_size=16, hard_stage=stage, hard_neighbours=1)
+        train(student, data, stored, loss, config, output=tmp_path)
+        banks.append([given["bank_keys"].tolist() for given in loss.given])
+    assert [one == other for one, other in zip(*banks, strict=True)] == [True] * 4 + [False]
 
 
 @pytest.mark.parametrize(("loss", "said"), [("cosine", True), ("contrastive", False)])
