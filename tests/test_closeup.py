@@ -70,6 +70,16 @@ def test_the_worst_are_those_of_the_least_overlap_with_the_neighbours_of_each(
     assert all(one.shared for one in best.teacher + best.student)
 
 
+def test_of_texts_with_as_many_shared_neighbours_the_least_alike_come_first() -> None:
+    """What a student adds on an axis that no teacher row has changes no order of theirs."""
+    teacher = F.pad(torch.randn(40, 7), (0, 1))
+    student = teacher + torch.linspace(0.1, 4, 40)[:, None] * torch.eye(8)[7:]
+    found = worst_cases(TEXTS[:40], student, teacher, k=10)
+    assert {case.overlap for case in found} == {1.0}
+    alike = F.cosine_similarity(student, teacher)
+    assert [case.text for case in found] == [TEXTS[row] for row in alike.argsort()[:5].tolist()]
+
+
 def test_another_width_has_no_matrix_and_searches_its_own_vectors(teacher: torch.Tensor) -> None:
     found = closeup(TEXTS, teacher[:, :7], teacher)
     assert found.student is None

@@ -32,6 +32,7 @@ from distill.evaluation import (
     task_scores,
 )
 from distill.evaluation.speed import FIRST, speeds
+from distill.evaluation.systems import _once
 from distill.metrics import Interval
 
 PROMPTS = {"query": "How do I find ", "document": "Interest rates: "}
@@ -331,7 +332,7 @@ def test_a_student_encodes_each_corpus_once(
 
 def test_evaluate_keeps_fidelity_in_full_beside_the_table(tmp_path: Path, tiny_bert: Path) -> None:
     teacher = Encoder.from_pretrained(tiny_bert)
-    data = EvaluationData(texts=TEXTS)
+    data = EvaluationData(texts=[*TEXTS, *TEXTS[:5]])  # one that comes twice would be its own neighbour
     scores = evaluate({"student": students.keep_layers(teacher, 3)}, teacher, data, store=tmp_path / "s", speed=False)
     whole, *parts = scores.slices["student"]
     assert whole.texts == 24
@@ -349,6 +350,18 @@ def test_fidelity_reads_texts_in_the_role_it_is_given(tmp_path: Path, prompted: 
     assert scores.table["student"]["cosine to teacher"].interval.value == pytest.approx(1, abs=1e-5)
     store = embed(tiny.SENTENCES, prompted, tmp_path / "store", role="document")
     assert len(store) == len(tiny.SENTENCES)
+
+
+def test_a_text_is_read_once_in_each_role() -> None:
+    read: list[str | None] = []
+
+    def encode(texts: list[str], *, role: str | None = None) -> torch.Tensor:
+        read.append(role)
+        return torch.full((len(texts), 2), float(len(read)))
+
+    once = _once(encode)
+    assert [once(["a"], role=role)[0, 0] for role in ("query", "document", "query", None)] == [1, 2, 1, 3]
+    assert read == ["query", "document", None]
 
 
 def test_a_vector_that_is_not_finite_counts_as_nothing(

@@ -36,6 +36,13 @@ def by(slices: list[Slice], name: str) -> list[Slice]:
     return [part for part in slices if part.by == name]
 
 
+def test_pairs_are_drawn_by_the_seed(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    one, again, other = (fidelity(student, teacher, seed=seed) for seed in (0, 0, 1))
+    name = "similarity spearman"
+    assert one[name].interval == again[name].interval != other[name].interval
+    assert one["cosine to teacher"].interval == other["cosine to teacher"].interval
+
+
 def test_the_rows_of_a_breakdown_add_up_to_the_whole(
     student: torch.Tensor, teacher: torch.Tensor, lengths: torch.Tensor
 ) -> None:

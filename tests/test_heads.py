@@ -83,6 +83,11 @@ def test_classification_loss_is_cross_entropy_and_refuses_proxies() -> None:
         classification_loss(head(x), targets[:3])
 
 
+def test_the_loss_of_16_bit_logits_is_computed_in_float32() -> None:
+    logits, targets = torch.randn(5, 3).bfloat16(), torch.tensor([0, 1, 2, 0, 1])
+    assert torch.equal(classification_loss({"logits": logits}, targets), F.cross_entropy(logits.float(), targets))
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bare_logits_and_wrong_widths_are_refused() -> None:
     with pytest.raises(TypeError, match="logits"):
@@ -147,6 +152,12 @@ OPTIMIZERS = [
     lambda p: torch.optim.SGD(p, lr=0.1),
     lambda p: torch.optim.Adafactor(p, lr=0.1),
 ]
+
+
+def test_a_proxy_without_an_embedding_of_its_own_is_that_of_the_others() -> None:
+    head, direction = CosineLinear(4, 2, nb_proxy=3), torch.tensor([0.6, 0.8, 0.0, 0.0])
+    head.imprint(direction.expand(5, 4), torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(head.weight[:3], direction.expand(3, 4))
 
 
 @pytest.mark.parametrize("build", OPTIMIZERS)

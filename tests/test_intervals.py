@@ -116,6 +116,15 @@ def test_a_better_rank_correlation_has_a_small_p_value_where_its_interval_leaves
     assert same.p_value == 1
 
 
+def test_a_difference_is_drawn_by_its_seed() -> None:
+    first, second = torch.randn(2, 40)
+    one, again, other = (paired_difference(first, second, seed=seed) for seed in (0, 0, 1))
+    assert one == again
+    assert one.interval.value == other.interval.value
+    assert one.interval.low != other.interval.low
+    assert one.p_value != other.p_value
+
+
 def test_an_undefined_difference_has_no_p_value() -> None:
     assert math.isnan(paired_difference(torch.tensor([math.nan, 1.0]), torch.zeros(2)).p_value)
     constant = torch.ones(20)

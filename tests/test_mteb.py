@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from distill import students
 from distill.data import Labelled, Pairs, Retrieval
 from distill.encoder import Encoder
 from distill.errors import RecipeError, ResourceError
-from distill.evaluation import EvaluationData, Scores, evaluate, mteb
+from distill.evaluation import EvaluationData, Score, Scores, evaluate, mteb
+from distill.metrics import Interval
 from distill.modules import Truncate
 
 installed = pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="the extra mteb is not installed")
@@ -65,6 +67,13 @@ def test_a_model_without_a_result_has_no_folder(
     teacher.name = "runs/mine/other"
     assert len(mteb.write_results(scores, data, {**encoders, teacher.name: teacher}, tmp_path)) == 3
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["mine__student"]
+
+
+def test_a_score_that_is_undefined_is_no_result(scored: tuple, data: EvaluationData, tmp_path: Path) -> None:
+    encoders, scores = scored
+    nothing = Score(Interval(value=math.nan, low=math.nan, high=math.nan))
+    undefined = Scores({name: dict.fromkeys(row, nothing) for name, row in scores.table.items()}, {})
+    assert mteb.write_results(undefined, data, encoders, tmp_path) == []
 
 
 def test_a_revision_is_what_is_in_the_files(scored: tuple, data: EvaluationData, tmp_path: Path) -> None:

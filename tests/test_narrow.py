@@ -14,7 +14,7 @@ import torch
 
 from distill import export, narrow, students
 from distill.config import StudentConfig
-from distill.embed import embed, embed_vocabulary
+from distill.embed import embed, embed_vocabulary, import_vectors
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, RecipeError
 from distill.losses import CosineDistance
@@ -140,7 +140,10 @@ def test_every_row_is_turned_once_and_a_cut_off_job_goes_on(
     monkeypatch.setattr(Store, "append", counted)
     with pytest.raises(KeyboardInterrupt):
         narrow.narrow(teacher, store, TEXTS, 8)
+    left = narrow.narrow_path(store.path, 8) / "rows-000000000000000000000000.safetensors"
+    left.write_text("half")
     space = narrow.narrow(teacher, store, TEXTS, 8)
+    assert not left.exists()
     assert len(space.store) == len(store) == sum(turned)
     assert len(store) > len(TEXTS)
     narrow.narrow(teacher, store, TEXTS, 8)
@@ -154,6 +157,16 @@ def test_rows_that_were_set_aside_stay_so(teacher: Encoder, tmp_path: Path) -> N
     store = embed([*TEXTS, ""], teacher, tmp_path / "store")
     space = narrow.narrow(teacher, store, TEXTS, 8)
     assert (space.store.flags != 0).sum() == (store.flags != 0).sum() == 1
+
+
+def test_a_vector_that_is_not_finite_has_no_say_in_the_directions(teacher: Encoder, tmp_path: Path) -> None:
+    vectors = teacher.encode(TEXTS).numpy()
+    vectors[3] = np.nan
+    store = import_vectors(TEXTS, vectors, teacher, tmp_path)
+    found = narrow.narrow(teacher, store, TEXTS, 8).directions
+    assert found is not None
+    rest = narrow.principal([torch.from_numpy(np.delete(vectors, 3, axis=0))])
+    assert (found @ rest[:8].T).abs().diagonal().min() > 0.999
 
 
 def test_texts_are_read_with_the_prompt_of_their_role(tmp_path: Path) -> None:

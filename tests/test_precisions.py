@@ -13,8 +13,9 @@ from sentence_transformers.util import quantize_embeddings
 from distill.config import EvaluationConfig
 from distill.data import Pairs, Retrieval
 from distill.encoder import Encoder
-from distill.evaluation import EvaluationData, Precision, evaluate, quantize, restore
-from distill.evaluation.precisions import value_ranges
+from distill.evaluation import EvaluationData, Precision, Scores, evaluate, quantize, restore
+from distill.evaluation.precisions import stored_scores, value_ranges
+from distill.evaluation.scores import Stored, mean_score
 from distill.metrics import neighbour_overlap
 from distill.similarity import normalize
 
@@ -104,6 +105,25 @@ def test_few_texts_have_no_overlap_and_a_vector_has_its_bytes(
     found = evaluate({}, teacher, data, store=tmp_path / "store", speed=False).stored
     assert [one.bytes for one in found] == [128, 32, 32, 4]
     assert [list(one.scores) for one in found] == [["overlap@10 with float32"] if measured else []] * 4
+
+
+def test_queries_are_placed_in_the_ranges_of_the_documents() -> None:
+    """One query has no range of its own; it would be off by half a step of 1."""
+    documents, ids = torch.randn(30, 16) / 16, [str(number) for number in range(30)]
+    given = {"document": documents, "query": documents[7:8]}
+    task = Retrieval(corpus_ids=ids, corpus=ids, query_ids=["q"], queries=["q"], qrels={"q": {"7": 1}})
+    found = stored_scores("a", lambda texts, role: given[role], ["int8", "uint8"], [], None, {"": task})
+    assert [one.scores["ndcg@10"].interval.value for one in found if "raw" not in one.form] == [1.0] * 3
+
+
+def test_what_is_kept_is_kept_of_the_same_systems_float32() -> None:
+    values = {("teacher", "float32"): 0.8, ("student", "float32"): 0.5, ("student", "binary"): 0.25}
+    stored = [
+        Stored(system=system, form=form, bytes=1, scores={"ndcg@10": mean_score(torch.full((3,), value))})
+        for (system, form), value in values.items()
+    ]
+    scores = Scores({}, {}, stored=stored)
+    assert [scores.kept_of_float32(one) for one in stored] == [{"ndcg@10": share} for share in (1.0, 1.0, 0.5)]
 
 
 def test_the_bytes_of_a_vector_are_known_without_texts_or_documents(tiny_bert: Path, tmp_path: Path) -> None:
