@@ -18,6 +18,7 @@ from distill.embed import embed, embed_vocabulary, import_vectors
 from distill.encoder import Encoder
 from distill.errors import DataError, IntegrityError, RecipeError
 from distill.losses import CosineDistance
+from distill.modules import Truncate
 from distill.similarity import cosine_similarity_matrix, normalize, pairwise_cosine
 from distill.space import Space
 from distill.store import Store
@@ -108,6 +109,14 @@ def test_the_narrow_teacher_gives_the_turned_vectors_and_its_store_holds_them(te
     assert space.store.fingerprint == space.teacher.fingerprint() != before
     assert teacher.fingerprint() == before
     assert space.teacher.name == teacher.name
+
+
+def test_a_teacher_that_cuts_its_vectors_is_turned_as_it_gives_them(teacher: Encoder) -> None:
+    teacher.head.append(Truncate(24))
+    vectors = teacher.encode(TEXTS)
+    directions = narrow.principal([vectors])[:8]
+    found = narrow.narrow_teacher(teacher, directions).encode(TEXTS)
+    assert pairwise_cosine(found, narrow.turn(vectors, directions)).min() > 1 - 1e-6
 
 
 def test_directions_are_fixed_by_the_first_use_and_nested(teacher: Encoder, store: Store) -> None:

@@ -88,6 +88,8 @@ def test_what_stands_is_read_and_each_role_has_its_own_prompts(both: list[Encode
     assert str(again.joined) == str(first.joined)
     queries, documents = (first.encode(TEXTS[12:14], role=role) for role in ("query", "document"))
     assert (queries - documents).abs().max() > 1e-2, "the second teacher reads a query behind its prompt"
+    further = [first.encode(["a text that came later"], role=role) for role in ("query", "document")]
+    assert (further[0] - further[1]).abs().max() > 1e-2
     stored = first.joined.store.vectors(TEXTS[30:40], prompt=both[0].prompt("document"))
     torch.testing.assert_close(first.encode(TEXTS[30:40], role="document"), unit(stored), rtol=0, atol=2e-3)
 
