@@ -67,8 +67,8 @@ def train(
 
     With config.ema_decay the student ends as the average of its weights; its last own weights are in the last checkpoint.
 
-    Those of an earlier run in OUTPUT are deleted, unless config.resume; RecipeError while another process trains there. The step at which `seconds` have passed is the last;
-    the rate's schedule is one of all steps, and cut short there.
+    Those of an earlier run in OUTPUT are deleted, unless config.resume; RecipeError while another process trains there. The
+    step at which `seconds` have passed is the last; the rate's schedule is one of all steps, and cut short there.
 
     `loss` is called as loss(student, teacher); one with `uses_bank` also gets bank=, keys=, bank_keys=. A loss or gradient
     that is not finite stops all processes before the update (NumericsError, rows in OUTPUT/non-finite.json). Ctrl-C and
