@@ -79,6 +79,7 @@ class CosineLinear(nn.Module):
                 f"imprint needs one label in 0..{self.out_features - 1} for each of {len(embeddings)} embeddings, got "
                 f"labels {tuple(labels.shape)}. New classes come first: add_classes(n)."
             )
+        self._require_own_weight("imprint")
         proxies = rearrange(self.weight.data, "(c p) d -> c p d", p=self.nb_proxy)
         for label in labels.unique().tolist():
             centres = _spherical_k_means(normalize(embeddings[labels == label]), self.nb_proxy).to(proxies)
@@ -93,9 +94,14 @@ class CosineLinear(nn.Module):
         """
         if n < 1:
             raise ValueError(f"add_classes needs at least one class, got {n}.")
+        self._require_own_weight("add_classes")
         if optimizer is not None and not any(p is self.weight for g in optimizer.param_groups for p in g["params"]):
             raise ValueError(
                 "add_classes got an optimizer that does not hold this head's weight: give it the right one."
+            )
+        if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
+            raise ValueError(
+                "add_classes cannot add rows to what LBFGS remembers: of all parameters in one vector. Make a new one after it."
             )
         new = _uniform_rows(n * self.nb_proxy, self.in_features).to(self.weight)
         old = self.weight.shape
@@ -106,6 +112,14 @@ class CosineLinear(nn.Module):
             if by_row or name == "row_var":
                 state[name] = torch.cat([value, value.new_zeros(len(new), value.shape[1])])
         self.out_features += n
+
+    def _require_own_weight(self, caller: str) -> None:
+        """ValueError where the weight is computed, anew at each use: what is written into it would be gone."""
+        if "weight" not in self._parameters:
+            raise ValueError(
+                f"{caller} changes the parameter weight, and this head's is computed from others (weight_norm, another "
+                "parametrization). Remove that before, and register it again after."
+            )
 
     def extra_repr(self) -> str:
         return (

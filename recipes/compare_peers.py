@@ -83,6 +83,7 @@ class Recipe:
             "--minutes ends each training; it saves once, at its end, and cannot be resumed. --seeds gives its seeds."
         )
         unused("train", self.train, ("steps", "epochs", "save_every", "seed", "resume"), instead)
+        self.train.check_bank(self.loss)
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
         at_least(0, "--peer-seeds", self.peer_seeds)

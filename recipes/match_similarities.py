@@ -67,6 +67,7 @@ class Recipe:
         at_least(0, "--held-out", self.held_out)
         Format.parse(self.store_as or "float16")
         self.join.check(self.teacher, self.student, plan=self.plan)
+        self.train.check_bank(self.loss)
         self.gates()
 
     def gates(self) -> tuple[Gate, ...]:
@@ -86,9 +87,9 @@ def main(recipe: Recipe) -> None:
     if recipe.plan:
         loss = planned(recipe.loss).build(recipe.student.space or teacher.width)
         return plan(teacher, recipe.student, texts, recipe.train, loss, data, store=recipe.store, store_as=form)
-    others = recipe.join.load(recipe.teacher, teacher)
+    others = recipe.join.load(recipe.teacher, teacher, form)
     store = embed(texts, teacher, recipe.store, store_as=form)
-    space = recipe.join.enter(recipe.student.enter(teacher, store, texts), others, texts, recipe.store)
+    space = recipe.join.enter(recipe.student.enter(teacher, store, texts), others, texts, recipe.store, form)
     teacher, store = space.teacher, space.store
     student = recipe.student.build(teacher, store, texts, own=space.own)
     cli.say(describe_start(student, teacher, store, texts))

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,33 @@ def test_add_classes_refuses_another_optimizer_and_nothing_to_add() -> None:
     with pytest.raises(ValueError, match="at least one class"):
         head.add_classes(0)
     assert head.out_features == 3
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.orthogonal])
+def test_a_weight_that_is_computed_is_not_written_into(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    head = wrap(CosineLinear(8, 3))
+    with pytest.raises(ValueError, match="add_classes changes the parameter weight"):
+        head.add_classes(1)
+    with pytest.raises(ValueError, match="imprint changes the parameter weight"):
+        head.imprint(torch.randn(3, 8), torch.arange(3))
+    assert head.out_features == 3
+
+
+def test_add_classes_refuses_the_history_of_lbfgs() -> None:
+    head = CosineLinear(8, 3)
+    optimizer = torch.optim.LBFGS(head.parameters())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = classification_loss(head(torch.eye(8)[:3]), torch.arange(head.out_features)[:3])
+        loss.backward()
+        return loss
+
+    head.add_classes(1, optimizer)  # it has none yet
+    optimizer.step(closure)
+    with pytest.raises(ValueError, match="what LBFGS remembers"):
+        head.add_classes(1, optimizer)
+    assert head.weight.shape == (4, 8)
 
 
 def test_parameter_groups_keep_sigma_and_biases_out_of_decay() -> None:

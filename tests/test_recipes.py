@@ -314,6 +314,18 @@ BAD = {
         2,
         ["--sides.query-max-length is 1 or more, got 0"],
     ),
+    "a hard stage without a bank": (
+        "match_similarities",
+        "--data x --loss.contrastive 0 --train.hard-stage 0.1",
+        2,
+        ["--train.hard-stage fills the bank of a loss, and this one uses none"],
+    ),
+    "a hard stage of cosines": (
+        "match_embeddings",
+        "--data x --train.bank-size 8 --train.hard-stage 0.1",
+        2,
+        ["--train.hard-stage fills the bank of a loss"],
+    ),
     "prompt after the fit": (
         "keep_index",
         "--documents x --sides.student-query-prompt ask: --student.projection ridge",

@@ -145,6 +145,8 @@ def test_teachers_that_are_not_there_or_too_narrow_are_told_before_anything_is_e
     wide = JoinConfig(teachers=(str(narrower),), method="gram", width=57)
     with pytest.raises(RecipeError, match=r"--join\.width is at most 56, .* got 57"):
         wide.load(config, config.load())
+    with pytest.raises(RecipeError, match="pca-24 keeps 24 of 24 columns"):
+        JoinConfig(teachers=(str(narrower),)).load(config, config.load(), "pca-24")
     with pytest.raises(DistillError, match="no/such"):
         JoinConfig(teachers=("no/such",)).load(config, config.load())
 
@@ -186,6 +188,22 @@ def test_each_kind_of_student_starts_in_the_joined_space(
     torch.testing.assert_close(
         Encoder.from_pretrained(tmp_path / "student").encode(TEXTS), student.cpu().encode(TEXTS), rtol=0, atol=1e-6
     )
+
+
+def test_every_teachers_store_is_kept_as_was_asked_and_the_joined_one_as_float16(
+    tiny_bert: Path, narrower: Path, tmp_path: Path
+) -> None:
+    config, join = TeacherConfig(name=str(tiny_bert)), JoinConfig(teachers=(str(narrower),))
+    teacher = config.load()
+    others = join.load(config, teacher, "int8")
+    store = embed(TEXTS, teacher, tmp_path / "store", store_as="int8")
+    space = join.enter(Space(teacher, store), others, TEXTS, tmp_path / "store", "int8")
+    assert space.several is not None
+    assert [str(Store.open(path).format) for path in space.several.stores] == ["int8", "int8"]
+    assert str(space.store.format) == "float16"
+    as_they_are = join.enter(Space(teacher, store), others, TEXTS, tmp_path / "store")  # beside the int8 one
+    assert as_they_are.several is not None
+    assert str(Store.open(as_they_are.several.stores[1]).format) == "float16"
 
 
 def test_a_space_without_further_teachers_is_as_it_was(tiny_bert: Path, tmp_path: Path) -> None:

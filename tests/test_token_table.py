@@ -203,6 +203,11 @@ def test_sentence_transformers_opens_a_float16_folder_as_any_other(teacher: Enco
     theirs = opened(tmp_path / "half")
     assert theirs.dtype == torch.float16
     assert (theirs.float() - student.encode(TEXTS)).abs().max() < 5e-3
+    in_float32 = sentence_transformers.SentenceTransformer(str(tmp_path / "half"), device="cpu").float()
+    without_tokens = ["", "  ", TEXTS[0]]  # NaN as it opens: its normalisation adds 1e-12, 0 in float16
+    vectors = in_float32.encode(without_tokens, convert_to_tensor=True)
+    assert (vectors - Encoder.from_pretrained(tmp_path / "half").encode(without_tokens)).abs().max() <= 1e-5
+    assert not vectors[:2].any()
 
 
 def test_sentence_transformers_opens_an_int8_folder_where_distill_is_installed(
@@ -262,6 +267,7 @@ def test_the_card_says_how_the_table_is_stored_and_how_it_opens(
     card, record = (path / "README.md").read_text(), json.loads((path / "distill.json").read_text())
     assert (str(cost) in card) == (form != "float32")
     assert record.get("table") == (None if form == "float32" else cost.as_json())
+    assert ("SentenceTransformer(FOLDER).float()" in card) == (form == "float16")
     assert ("trust_remote_code=True" in card) == ("trust_remote_code=True" in export.usage(path)) == (form == "int8")
     names: dict[str, object] = {}
     exec(compile(export.usage(path), "usage", "exec"), names)

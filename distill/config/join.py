@@ -14,6 +14,7 @@ from distill.encoder import Encoder
 from distill.errors import RecipeError
 from distill.joining import Method, several
 from distill.space import Space
+from distill.store import Format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,14 @@ class JoinConfig:
         if teacher.name in self.teachers:
             raise RecipeError(f"--join.teachers names those beside --teacher.name, got {teacher.name} in both.")
 
-    def load(self, first: TeacherConfig, teacher: Encoder) -> list[Encoder]:
-        """The further teachers, with the max_length and precision of the first. RecipeError for a width that they do not reach."""
+    def load(self, first: TeacherConfig, teacher: Encoder, store_as: str | None = None) -> list[Encoder]:
+        """The further teachers, with the max_length and precision of the first.
+
+        RecipeError for a width that they do not reach, and for a `store_as` of more columns than one of them has.
+        """
         others = [replace(first, name=name, revision=None).load() for name in self.teachers]
+        for one in others:
+            Format.parse(store_as or "float16").columns(one.width)
         weights = self.weights or (1.0,) * (1 + len(others))
         whole = sum(one.width for one, weight in zip([teacher, *others], weights, strict=True) if weight)
         if self.width is not None and self.width > whole:
@@ -76,15 +82,21 @@ class JoinConfig:
         return others
 
     def enter(
-        self, space: Space, others: Sequence[Encoder], texts: list[str] | Mapping[str, list[str]], store: Path | None
+        self,
+        space: Space,
+        others: Sequence[Encoder],
+        texts: list[str] | Mapping[str, list[str]],
+        store: Path | None,
+        store_as: str | None = None,
     ) -> Space:
         """The space of all teachers, and the store of their joined vectors, made beside that of the first; `space` without others.
 
-        Vectors of the others go into the cache or, where a `store` is named for those of the first, beside it.
+        Vectors of the others go into the cache or, where a `store` is named for those of the first, beside it; new stores of
+        them are `store_as`, that of the joined ones float16.
         """
         if not others:
             return space
-        paths = [store and store.with_name(f"{store.name}-{default_store(other).name}") for other in others]
+        paths = [store and store.with_name(f"{store.name}-{default_store(other, store_as).name}") for other in others]
         joined = several(
             [space.teacher, *others],
             texts,
@@ -92,6 +104,7 @@ class JoinConfig:
             method=self.method,
             weights=self.weights or None,
             width=self.width,
+            store_as=store_as,
         )
         if distributed.is_main():
             print(f"{joined}\n{joined.joined}", flush=True)

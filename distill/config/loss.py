@@ -77,6 +77,11 @@ class LossConfig:
         if list(self.widths) != sorted(set(self.widths)) or min(self.widths, default=1) < 1:
             raise RecipeError(f"widths rise from 1, each once, got {' '.join(map(str, self.widths))}.")
 
+    @property
+    def uses_bank(self) -> bool:
+        """Whether a term takes further teacher vectors as columns."""
+        return bool(self.contrastive or self.kl)
+
     def build(self, width: int) -> nn.Module:
         """The loss of vectors of the teacher's `width`, which is one of the widths in any case."""
         if self.temperature == "auto":

@@ -53,7 +53,8 @@ class StudentConfig:
     words: int = 0
     """How many frequent words of the texts, of those that take several tokens now, become tokens of a static student."""
     table: TableFormat = "float32"
-    """How a static student's folder holds its table. float16 opens anywhere; int8, a quarter of the bytes, where distill is installed."""
+    """How a static student's folder holds its table. float16 opens anywhere (SentenceTransformer(FOLDER).float() computes in float32);
+    int8, a quarter of the bytes, where distill is installed."""
     intermediate: int | None = None
     """Feed-forward neurons to keep in each layer of kept layers or of a pretrained model, chosen on 256 texts. None: all."""
     heads: int | None = None

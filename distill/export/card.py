@@ -31,6 +31,13 @@ _TASKS = {
     "accuracy": ("text-classification", "Text Classification", "accuracy"),
 }
 _FIDELITY = ("knowledge-distillation", "Knowledge Distillation")
+# What sentence-transformers makes of a table, by its form. Its normalisation adds 1e-12, which is 0 in float16.
+_OPENED = {
+    "float16": " sentence-transformers opens it in float16, where a text without tokens (an empty one) is a vector of NaN; "
+    "`SentenceTransformer(FOLDER).float()` computes in float32, and it is zeros.",
+    "int8": " sentence-transformers opens it where distill is installed, from version 6 on with `trust_remote_code=True`: it has no "
+    "module for int8 of its own. `Encoder.from_pretrained(FOLDER).save_pretrained(OTHER)` of distill writes it as float32.",
+}
 
 
 def model_card(
@@ -170,8 +177,4 @@ def _about_loaders(student: Encoder) -> str:
 def _about_table(cost: TableCost | None) -> str:
     if cost is None:
         return ""
-    note = (
-        " sentence-transformers opens it where distill is installed, from version 6 on with `trust_remote_code=True`: it has no "
-        "module for int8 of its own. `Encoder.from_pretrained(FOLDER).save_pretrained(OTHER)` of distill writes it as float32."
-    )
-    return f"## Token table\n\nStored as {cost}.{note if cost.form == 'int8' else ''}"
+    return f"## Token table\n\nStored as {cost}.{_OPENED[cost.form]}"

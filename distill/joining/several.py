@@ -80,16 +80,18 @@ def several(
     method: Method = "procrustes",
     weights: Sequence[float] | None = None,
     width: int | None = None,
+    store_as: str | None = None,
 ) -> Several:
     """Embed texts (by role, if they have roles) by each teacher into its own store, and join them beside the first one.
 
     What is stored already, and a joined store that stands, are read. Every process calls it. Cost: a pass of each teacher
-    over what it has not embedded; over the stored vectors, one to find the matrix, one to write.
+    over what it has not embedded; over the stored vectors, one to find the matrix, one to write. A teacher's store that is
+    made now is `store_as` (see `embed`), the joined one float16.
     """
     stores = []
     for teacher, path in zip(teachers, paths, strict=True):
         for role, some in texts_by_role(texts):
-            store = embed(some, teacher, path, role=role)
+            store = embed(some, teacher, path, role=role, store_as=store_as)
         stores.append(Store.open(store.path))
     keys = [keys_by_role(texts, teacher) for teacher in teachers]
     write = partial(join_stores, stores, method, weights, width, keys)

@@ -45,8 +45,9 @@ def quantize(student: Encoder, form: TableFormat = "int8") -> TableCost:
     """Have a static student's table stored as int8 with one scale a row, or float16, whenever it is saved; its cost now.
 
     Nothing changes in memory: it is trained and measured in float32, and can be quantized before. Dense layers are stored
-    as float16 beside either. A float16 folder opens in sentence-transformers as any other, and gives float16 vectors. It
-    opens an int8 folder where distill is installed, from version 6 on with trust_remote_code=True.
+    as float16 beside either. sentence-transformers opens a float16 folder as any other, and gives float16 vectors, of NaN for
+    a text without tokens: `SentenceTransformer(folder).float()` gives float32 vectors, and zeros. It opens an int8 folder
+    where distill is installed, from version 6 on with trust_remote_code=True.
     """
     if form not in get_args(TableFormat):
         raise RecipeError(f"a table is stored as {', '.join(get_args(TableFormat))}, got {form!r}.")

@@ -43,7 +43,8 @@ class Table:
             raise DataError(f"{self.at(number, column)}: a text is expected, got {shown(value)}.")
         if "\0" in value:
             raise DataError(
-                f"{self.at(number, column)}: the text holds a NUL character at position {value.index(chr(0))}."
+                f"{self.at(number, column)}: the text holds a NUL character at position {value.index(chr(0))}. No text has "
+                "one: see what wrote it (a binary field, UTF-16), or take it out, text.replace(chr(0), '')."
             )
         if not value.isascii():
             try:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from distill import distributed
 from distill.ahead import ahead, sent
-from distill.errors import RecipeError
 from distill.modules import Tokens
 from distill.store import Store
 from distill.training import mining, sampling
@@ -37,11 +36,8 @@ class Feed:
         self._neighbours: np.ndarray | None = None
         self._coming: Generator[list[_Read], None, None] | None = None
         self._terms: dict[int, dict[str, Any]] = {}  # of the step's batches, by their number
-        if getattr(loss, "uses_bank", False):
-            return
-        if config.hard_stage:
-            raise RecipeError("--train.hard-stage fills the bank of a loss, and this one uses none. Leave it out.")
-        if config.bank_size and distributed.is_main():
+        config.check_bank(loss)
+        if config.bank_size and not getattr(loss, "uses_bank", False) and distributed.is_main():
             print(
                 f"no bank of {config.bank_size:,} rows: the loss uses none (CrossKL() does, cross_kl not)",
                 file=sys.stderr,

@@ -122,6 +122,11 @@ class TrainConfig:
         if wrong:
             raise RecipeError("; ".join(wrong) + ".")
 
+    def check_bank(self, loss: object) -> None:
+        """RecipeError for a hard_stage where the loss (or its flags) has no `uses_bank`: nothing would take the neighbours."""
+        if self.hard_stage and not getattr(loss, "uses_bank", False):
+            raise RecipeError("--train.hard-stage fills the bank of a loss, and this one uses none. Leave it out.")
+
     def _wrong_shares(self) -> list[str]:
         one_too = {"layer_decay": self.layer_decay, "hard_stage": self.hard_stage, "hard_margin": self.hard_margin}
         wrong = [f"{n} is above 0, up to 1, got {v}" for n, v in one_too.items() if v is not None and not 0 < v <= 1]
