@@ -253,7 +253,9 @@ def test_add_classes_refuses_another_optimizer_and_nothing_to_add() -> None:
     assert head.out_features == 3
 
 
-@pytest.mark.parametrize("wrap", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.orthogonal])
+@pytest.mark.parametrize(
+    "wrap", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.orthogonal]
+)
 def test_a_weight_that_is_computed_is_not_written_into(wrap: Callable[[nn.Module], nn.Module]) -> None:
     head = wrap(CosineLinear(8, 3))
     with pytest.raises(ValueError, match="add_classes changes the parameter weight"):
