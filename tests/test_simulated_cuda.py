@@ -12,6 +12,7 @@ import torch
 from packaging.version import Version
 
 TESTS = Path(__file__).parent
+pytestmark = pytest.mark.timeout(3000)
 HEADERS = (2, 13)  # of the torch that simulated_cuda.cpp is written against
 
 
@@ -31,14 +32,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def run(environment: dict[str, str], *command: str) -> str:
     ran = subprocess.run(
-        [sys.executable, *command], env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=800
+        [sys.executable, *command], env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=2400
     )
     assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-5_000:]
     return ran.stdout
 
 
 MAIN_JOB = ("embed", "encoder", "gradient_cache", "heads", "labels", "mining", "table_rows", "training", "unpadded")
-ON_CPUS = "two_processes or two_independent_processes or killed_build or killed_compressed_build or launcher"
+ELSEWHERE = "two_independent_processes or killed_build or killed_compressed_build or launcher or real_teachers"
 
 
 def test_what_needs_a_gpu_passes(environment: dict[str, str]) -> None:
@@ -47,7 +48,7 @@ def test_what_needs_a_gpu_passes(environment: dict[str, str]) -> None:
 
 def test_the_main_job_passes(environment: dict[str, str]) -> None:
     files = [str(TESTS / f"test_{name}.py") for name in MAIN_JOB]
-    assert " passed" in run_tests(environment, "-m", "not gpu and not slow", "-k", f"not ({ON_CPUS})", *files)
+    assert " passed" in run_tests(environment, "-m", "not gpu and not slow", "-k", f"not ({ELSEWHERE})", *files)
 
 
 def run_tests(environment: dict[str, str], *options: str) -> str:
