@@ -199,11 +199,11 @@ def test_every_teachers_store_is_kept_as_was_asked_and_the_joined_one_as_float16
     store = embed(TEXTS, teacher, tmp_path / "store", store_as="int8")
     space = join.enter(Space(teacher, store), others, TEXTS, tmp_path / "store", "int8")
     assert space.several is not None
-    assert [str(Store.open(path).format) for path in space.several.stores] == ["int8", "int8"]
-    assert str(space.store.format) == "float16"
+    assert [str(Store.open(path).codec.format) for path in space.several.stores] == ["int8", "int8"]
+    assert str(space.store.codec.format) == "float16"
     as_they_are = join.enter(Space(teacher, store), others, TEXTS, tmp_path / "store")  # beside the int8 one
     assert as_they_are.several is not None
-    assert str(Store.open(as_they_are.several.stores[1]).format) == "float16"
+    assert str(Store.open(as_they_are.several.stores[1]).codec.format) == "float16"
 
 
 def test_a_space_without_further_teachers_is_as_it_was(tiny_bert: Path, tmp_path: Path) -> None:
