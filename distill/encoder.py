@@ -217,7 +217,9 @@ class Encoder(nn.Module):
     def require_transformer(self) -> None:
         """RecipeError for a static table: its tokens have no vectors of their own to be distilled again."""
         if isinstance(self.backbone, StaticTable):
-            raise RecipeError(f"{self.name} is static already. Start from it with students.pretrained.")
+            raise RecipeError(
+                f"{self.name} is static already. Start from it with students.pretrained, in a recipe --student.kind pretrained --student.name."
+            )
 
     def single_tokens(self, ids: Sequence[int]) -> Tokens:
         """Texts of one token each, between the special tokens that this tokenizer puts around a text."""

@@ -206,26 +206,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _turn_index(options: argparse.Namespace) -> int:
-    rows, width = turn_file(options.vectors, read_directions(options.rotation), options.output)
-    print(f"{options.output}: {rows:,} vectors of width {width}")
+    (rows, width), bad = turn_file(options.vectors, read_directions(options.rotation), options.output)
+    without = f"; {bad:,} of them have no direction: NaN, infinite or zero, as they came" if bad else ""
+    print(f"{options.output}: {rows:,} vectors of width {width}{without}")
     return 0
 
 
-def turn_file(vectors: Path, directions: Float[Tensor, "d e"], output: Path) -> tuple[int, int]:
-    """Turn a .npy file into another, 4,096 rows at a time; rows and width of what was written."""
+def turn_file(vectors: Path, directions: Float[Tensor, "d e"], output: Path) -> tuple[tuple[int, int], int]:
+    """Turn a .npy file into another, 4,096 rows at a time; rows and width of what was written, rows without a direction."""
     source, width = read_array(vectors), directions.shape[1]
     if source.ndim != 2 or source.shape[1] != width:
         raise DataError(
             f"{vectors} holds {source.shape}, expected (rows, {width}): the width of the teacher that was turned."
         )
-    shape = (len(source), len(directions))
+    shape, bad = (len(source), len(directions)), 0
     with files.published_file(output) as temporary:
         target = np.lib.format.open_memmap(temporary, mode="w+", dtype=source.dtype, shape=shape)
         for start in range(0, len(source), BATCH):
             rows = torch.from_numpy(np.array(source[start : start + BATCH], np.float32))
+            bad += int((~rows.isfinite().all(dim=1) | ~rows.any(dim=1)).sum())
             target[start : start + BATCH] = turn(rows, directions).numpy()
         target.flush()
-    return shape
+    return shape, bad
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ def _record(recipe: Any, output: Path, leaves: Collection[str], quiet: bool) -> 
             _refuse_foreign(output)
         run_lock.take(output)
         begun = _begun(output)
+        if "student" in leaves:
+            _refuse_its_own_source(output / "student", value["recipe"])
         trains = "student" in leaves and bool({"train", "resume"} & value["recipe"].keys())
         _refuse_what_would_stay(output, leaves, checkpoints=begun and not trains)
         first = beside if beside.exists() else path
@@ -93,6 +95,16 @@ def _refuse_what_would_stay(output: Path, leaves: Collection[str], *, checkpoint
             f"{output} holds a training run, of which this would overwrite a part and leave the rest ({', '.join(stay)}); "
             "name another --output."
         )
+
+
+def _refuse_its_own_source(student: Path, recipe: dict[str, Any]) -> None:
+    """RecipeError if the student would take the place of a model that the run is made from: its teacher, or its start."""
+    for flag, value in _flags(recipe):
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str) and student.exists() and Path(name).resolve() == student.resolve():
+                raise RecipeError(
+                    f"{flag} {name} would be overwritten by this run's own student: name another --output."
+                )
 
 
 def _refuse_foreign(output: Path) -> None:

@@ -146,11 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = vars(parser.parse_args(arguments))
     gpus, flops, links = given.pop("gpus"), given.pop("flops"), given.pop("links")
-    if (
-        len(links) != len(gpus)
-        or min([*gpus, *links, flops, *(v for v in given.values() if v != given["store_as"])]) <= 0
-    ):
-        parser.error("numbers are above 0, and --links are as many as --gpus")
+    numbers = [*gpus, *links, flops, *(value for value in given.values() if value != given["store_as"])]
+    if not all(0 < number < math.inf for number in numbers):
+        parser.error("numbers are above 0 and finite")
+    if len(links) != len(gpus):
+        parser.error(f"--links are as many as --gpus: {len(gpus)}, got {len(links)}; give both")
     clusters = [Cluster(gpus=count, flops=flops, link=link) for count, link in zip(gpus, links, strict=True)]
     return reported(partial(_print, Workload(**given), clusters))
 

@@ -66,6 +66,7 @@ class Recipe:
         if len({BASE, *self.variants}) <= len(self.variants):
             raise RecipeError(f"--variants are different, and none is {BASE!r}.")
         unused("train", self.train, ("seed",), "--seeds are those of every variant.")
+        self.train.check_bank(self.loss)
         at_least(1, "--limit", self.limit)
         at_least(0, "--held-out", self.held_out)
 
@@ -81,6 +82,7 @@ def main(recipe: Recipe) -> None:
     teacher = recipe.teacher.load(in_roles=False)
     for one in variants.values():
         one.student.check(teacher)
+        one.loss.check(teacher.width)
     store = embed(texts, teacher, recipe.store)
     runs: dict[str, list[Run]] = {name: [] for name in variants}
     scores: list[Scores] = []

@@ -100,6 +100,7 @@ def main(recipe: Recipe) -> None:
 
     teacher = recipe.teacher.load(in_roles=False)
     recipe.student.check(teacher)
+    recipe.loss.check(teacher.width)
     store = embed(texts, teacher, recipe.store)
     provenance = Provenance(teacher=teacher, data=str(read.report), loss=repr(recipe.loss))
     found: dict[str, list[Trained]] = {}

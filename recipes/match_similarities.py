@@ -83,6 +83,8 @@ def main(recipe: Recipe) -> None:
 
     teacher = recipe.teacher.load(on_device=not recipe.plan, in_roles=False)
     recipe.student.check(teacher)
+    if not recipe.join.teachers:
+        recipe.loss.check(recipe.student.space or teacher.width)
     form = recipe.store_as
     if recipe.plan:
         loss = planned(recipe.loss).build(recipe.student.space or teacher.width)

@@ -344,6 +344,20 @@ def test_the_recipe_is_written_with_every_field(tmp_path: Path) -> None:
     assert set(written) == {"command", "recipe"}
 
 
+def test_a_run_does_not_write_over_the_model_it_is_made_from(tmp_path: Path) -> None:
+    student = tmp_path / "run" / "student"
+    student.mkdir(parents=True)
+    (student / "modules.json").write_text("[]")
+    for config in (
+        Recipe(output=tmp_path / "run", data=str(student)),
+        Recipe(output=tmp_path / "run", data=f"{student}/"),
+    ):
+        with pytest.raises(RecipeError, match=r"^--data .*student/? would be overwritten by this run's own student"):
+            cli.record(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.json").exists()
+    cli.record(Recipe(output=tmp_path / "other", data=str(student)), tmp_path / "other")
+
+
 def test_a_run_is_not_resumed_with_another_recipe(begun: Recipe) -> None:
     before = (begun.output / "recipe.json").read_bytes()
     with pytest.raises(IntegrityError, match=r"--train\.batch-size: was 256, is 128\nResume with the same flags"):

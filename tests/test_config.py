@@ -115,6 +115,18 @@ def test_layers_are_kept_of_a_student_on_the_way_to_a_smaller_one(tiny_bert: Pat
     assert torch.equal(second.head[0].linear.weight, first.head[0].linear.weight)
 
 
+def test_a_static_student_is_trained_on(tiny_bert: Path, tmp_path: Path) -> None:
+    teacher = TeacherConfig(name=str(tiny_bert)).load()
+    store = embed(tiny.SENTENCES, teacher, tmp_path / "store")
+    StudentConfig(width=8).build(teacher, store, tiny.SENTENCES).save_pretrained(tmp_path / "student")
+    again = StudentConfig(kind="pretrained", name=str(tmp_path / "student")).build(teacher, store, tiny.SENTENCES)
+    assert again.backbone.table.requires_grad
+    with pytest.raises(
+        RecipeError, match=r"static already\. Start from it with .*--student\.kind pretrained --student\.name"
+    ):
+        StudentConfig(width=8).check(again)
+
+
 def test_a_student_of_another_space_is_no_first_hop(tiny_bert: Path, tiny_bert_cls: Path, tmp_path: Path) -> None:
     teacher = TeacherConfig(name=str(tiny_bert)).load()
     store = embed(tiny.SENTENCES, teacher, tmp_path / "store")

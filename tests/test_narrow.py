@@ -314,8 +314,14 @@ def test_an_index_of_another_width_or_kind_is_refused(tmp_path: Path, capsys: py
         assert narrow.main(arguments) == DataError.exit_code
         expected = "expected (rows, 8)" if array.dtype == np.float32 else "no floating point array"
         assert expected in capsys.readouterr().err
+    rows = np.eye(8, dtype=np.float32)[:4]
+    rows[1], rows[2, 3] = 0, np.nan
+    np.save(tmp_path / "index.npy", rows)
+    assert narrow.main(arguments) == 0
+    assert "4 vectors of width 3; 2 of them have no direction" in capsys.readouterr().out
     np.save(tmp_path / "index.npy", np.zeros((0, 8), np.float16))
     assert narrow.main(arguments) == 0
+    assert "direction" not in capsys.readouterr().out
     assert np.load(tmp_path / "out.npy").shape == (0, 3)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 

@@ -326,6 +326,18 @@ BAD = {
         2,
         ["--train.hard-stage fills the bank of a loss"],
     ),
+    "a variant without a bank": (
+        "ablate",
+        "--data x --train.bank-size 8 --variants loss.contrastive=0,train.hard-stage=0.5",
+        2,
+        ["--train.hard-stage fills the bank of a loss"],
+    ),
+    "wider than the teacher": (
+        "match_similarities",
+        "--data {texts} --teacher.name {bert} --loss.widths 8 64 --store stores/never",
+        2,
+        ["--loss.widths go up to the teacher's 32, got 64"],
+    ),
     "prompt after the fit": (
         "keep_index",
         "--documents x --sides.student-query-prompt ask: --student.projection ridge",

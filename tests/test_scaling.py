@@ -56,6 +56,11 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "789 GB" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         scaling.main(["--gpus", "8"])
+    assert "--links are as many as --gpus: 1, got 2" in capsys.readouterr().err
+    for number in ("nan", "inf", "0"):
+        with pytest.raises(SystemExit):
+            scaling.main(["--texts", number])
+        assert "numbers are above 0 and finite" in capsys.readouterr().err
 
 
 def test_a_format_that_there_is_not_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

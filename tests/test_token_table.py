@@ -16,7 +16,7 @@ from distill import export, students
 from distill.config import StudentConfig
 from distill.embed import embed
 from distill.encoder import Encoder
-from distill.errors import IntegrityError, RecipeError
+from distill.errors import DataError, IntegrityError, RecipeError
 from distill.export import Provenance
 from distill.quantized import Int8Embedding, float_rows, int8_rows, kept_table, read_table, table_tensors
 from distill.similarity import pairwise_cosine
@@ -58,6 +58,21 @@ def test_a_fitted_student_opens_in_sentence_transformers_with_the_same_vectors(
     assert again.fingerprint() == student.fingerprint()
     assert torch.equal(again.tokenize(TEXTS).tokens.ids, student.tokenize(TEXTS).tokens.ids)
     assert (opened(tmp_path / "student") - student.encode(TEXTS)).abs().max() <= 1e-5
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_token_vectors_that_cannot_be_right_are_refused(teacher: Encoder) -> None:
+    good = teacher.encode_vocabulary()
+    wrong = {
+        r"got \(10, 32\)\.": good[:10],
+        r"got \(\d+, 8\)\.": good[:, :8],
+        "with NaN or infinite numbers": good.index_fill(0, torch.tensor([7]), torch.nan),
+    }
+    for message, vectors in wrong.items():
+        with pytest.raises(DataError, match=message):
+            students.static(teacher, width=8, token_vectors=vectors)
+    with pytest.raises(DataError, match="a list of texts is expected, got one text"):
+        students.static(teacher, width=8, token_vectors=good, texts="hello world")
 
 
 def test_a_corpus_is_a_vocabulary_and_counts_for_the_weights(teacher: Encoder) -> None:

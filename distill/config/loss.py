@@ -82,6 +82,11 @@ class LossConfig:
         """Whether a term takes further teacher vectors as columns."""
         return bool(self.contrastive or self.kl)
 
+    def check(self, width: int) -> None:
+        """RecipeError for widths that vectors of the teacher's `width` cannot be cut to: before they are computed."""
+        if self.widths and self.widths[-1] > width:
+            raise RecipeError(f"--loss.widths go up to the teacher's {width}, got {self.widths[-1]}.")
+
     def build(self, width: int) -> nn.Module:
         """The loss of vectors of the teacher's `width`, which is one of the widths in any case."""
         if self.temperature == "auto":
@@ -96,6 +101,5 @@ class LossConfig:
                 terms[name] = term(self.temperature)
                 weights[name] = weight if fades is None else linear_decay(weight, fades)
         total = WeightedSum(terms, weights)
-        if self.widths and self.widths[-1] > width:
-            raise RecipeError(f"--loss.widths go up to the teacher's {width}, got {self.widths[-1]}.")
+        self.check(width)
         return Matryoshka(total, sorted({*self.widths, width})) if self.widths else total

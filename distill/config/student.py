@@ -15,6 +15,7 @@ from distill.config.teacher import fetch
 from distill.embed import embed, embed_vocabulary
 from distill.encoder import Encoder
 from distill.errors import RecipeError
+from distill.modules import StaticTable
 from distill.narrow import narrow, require_narrower
 from distill.quantized import TableFormat
 from distill.similarity import evenly_spaced
@@ -45,7 +46,7 @@ class StudentConfig:
     projection: Literal["ridge", "none"] = "none"
     """ridge: the last Dense layer starts at the closed-form solution, ridge regression to the teacher's vectors."""
     train_token_table: bool = False
-    """Train the input embeddings of kept layers or of a pretrained transformer, too; a tiny student always trains its own."""
+    """Train the input embeddings of kept layers or of a pretrained transformer, too; a tiny or static student always trains its own."""
     vocabulary: int | None = None
     """How many tokens a static student keeps, those that the texts use most. None: all of the teacher's."""
     characters: Literal["all", "seen"] = "all"
@@ -169,7 +170,8 @@ class StudentConfig:
             )
         if fitted:
             students.fit_projection(student, texts, lambda some, role: store.vectors(some, prompt=teacher.prompt(role)))
-        if self.kind in ("layers", "pretrained") and not self.train_token_table:
+        frozen = self.kind in ("layers", "pretrained") and not self.train_token_table
+        if frozen and not isinstance(student.backbone, StaticTable):  # which has nothing else to train
             students.freeze_token_table(student)
         return student
 

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from distill.alignment import principal_directions
 from distill.encoder import Encoder
-from distill.errors import RecipeError
+from distill.errors import DataError, RecipeError
 from distill.folder import UNLIMITED
 from distill.modules import Dense, Normalize, StaticTable
 from distill.students.projection import last_linear
 from distill.students.summary import named
 from distill.students.vocabulary import Vocabulary, bare_tokenizer, fit_vocabulary
+from distill.texts import refuse_one_text
 
 SIF_SMOOTHING = 3e-4  # Arora et al. 2017: a token of probability p weighs a / (a + p)
 
@@ -38,10 +39,18 @@ def static(
     `vocabulary.words`; what is not given the teacher computes here.
     """
     require_width(teacher, width)
+    if texts is not None:
+        refuse_one_text(texts)
     if vocabulary is not None and not isinstance(vocabulary, Vocabulary):
         texts = vocabulary if texts is None else texts
         vocabulary = fit_vocabulary(teacher, vocabulary)
     vectors = teacher.encode_vocabulary() if token_vectors is None else token_vectors
+    expected = (len(teacher.tokenizer), teacher.width)
+    if tuple(vectors.shape) != expected or not vectors.isfinite().all():
+        raise DataError(
+            f"token vectors of {teacher.name} are finite and {expected}, one for each token id, got {tuple(vectors.shape)}"
+            f"{'' if vectors.isfinite().all() else ' with NaN or infinite numbers'}."
+        )
     if vocabulary is not None:
         words = teacher.encode(vocabulary.words, progress="words") if word_vectors is None else word_vectors
         vectors = vocabulary.vectors(vectors, words)
