@@ -258,6 +258,27 @@ def test_a_student_may_be_trained_again_in_the_same_precision(
     assert curve(tmp_path / "first") == curve(tmp_path / "second")
 
 
+def test_a_student_that_the_caller_has_prepared_trains_as_asked_and_stays_prepared(
+    model: str, store: Path, tmp_path: Path
+) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    runs.small_run(model, tmp_path / "plain", store=store)
+    student, data, stored = runs.prepared(model, store, 40, "layers")
+    try:
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(student)
+        forward = vars(prepared)["forward"]
+        config = TrainConfig(batch_size=8, dropout=False)
+        run = train(student, data, stored, runs.LOSSES["contrastive"](), config, output=tmp_path / "own")
+        assert run.student is prepared
+        assert vars(prepared)["forward"] is forward
+        assert prepared._is_accelerate_prepared
+    finally:
+        AcceleratorState._reset_state()
+    assert curve(tmp_path / "own") == curve(tmp_path / "plain")
+
+
 def test_accelerate_is_used_as_the_recipe_says_and_left_as_it_was(model: str, store: Path, tmp_path: Path) -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState

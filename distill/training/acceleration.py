@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from distill import distributed
 from distill.errors import RecipeError
@@ -48,6 +50,12 @@ def accelerator_of(config: TrainConfig, output: Path) -> Iterator["Accelerator"]
         for state, values in zip(shared, before, strict=True):
             state._reset_state()
             state._shared_state.update(values)
+
+
+def take_off(student: nn.Module) -> dict[str, Any]:
+    """What `Accelerator.prepare` put on a module itself, its precision: taken off, for `vars(student).update` to give back."""
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    return {name: vars(student).pop(name) for name in names if name in vars(student)}
 
 
 def _require_trackers(config: TrainConfig) -> None:
