@@ -206,14 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _turn_index(options: argparse.Namespace) -> int:
-    (rows, width), bad = turn_file(options.vectors, read_directions(options.rotation), options.output)
+    rows, width, bad = turn_file(options.vectors, read_directions(options.rotation), options.output)
     without = f"; {bad:,} of them have no direction: NaN, infinite or zero, as they came" if bad else ""
     print(f"{options.output}: {rows:,} vectors of width {width}{without}")
     return 0
 
 
-def turn_file(vectors: Path, directions: Float[Tensor, "d e"], output: Path) -> tuple[tuple[int, int], int]:
-    """Turn a .npy file into another, 4,096 rows at a time; rows and width of what was written, rows without a direction."""
+def turn_file(vectors: Path, directions: Float[Tensor, "d e"], output: Path) -> tuple[int, int, int]:
+    """Turn a .npy file into another, 4,096 rows at a time; its rows, their width, and how many of them have no direction."""
     source, width = read_array(vectors), directions.shape[1]
     if source.ndim != 2 or source.shape[1] != width:
         raise DataError(
@@ -227,7 +227,7 @@ def turn_file(vectors: Path, directions: Float[Tensor, "d e"], output: Path) -> 
             bad += int((~rows.isfinite().all(dim=1) | ~rows.any(dim=1)).sum())
             target[start : start + BATCH] = turn(rows, directions).numpy()
         target.flush()
-    return shape, bad
+    return *shape, bad
 
 
 if __name__ == "__main__":

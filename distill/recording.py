@@ -99,9 +99,9 @@ def _refuse_what_would_stay(output: Path, leaves: Collection[str], *, checkpoint
 
 def _refuse_its_own_source(student: Path, recipe: dict[str, Any]) -> None:
     """RecipeError if the student would take the place of a model that the run is made from: its teacher, or its start."""
-    for flag, value in _flags(recipe):
+    for flag, value in _flags(recipe) if student.exists() else ():
         for name in value if isinstance(value, list) else [value]:
-            if isinstance(name, str) and student.exists() and Path(name).resolve() == student.resolve():
+            if isinstance(name, str) and Path(name).resolve() == student.resolve():
                 raise RecipeError(
                     f"{flag} {name} would be overwritten by this run's own student: name another --output."
                 )

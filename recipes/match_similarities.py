@@ -83,7 +83,7 @@ def main(recipe: Recipe) -> None:
 
     teacher = recipe.teacher.load(on_device=not recipe.plan, in_roles=False)
     recipe.student.check(teacher)
-    if not recipe.join.teachers:
+    if not recipe.join.teachers:  # whose vectors have a width of their own
         recipe.loss.check(recipe.student.space or teacher.width)
     form = recipe.store_as
     if recipe.plan:

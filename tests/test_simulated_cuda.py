@@ -1,4 +1,7 @@
-"""What needs a GPU, without one: the tests marked gpu, and those of training and embedding, on a simulated device."""
+"""What needs a GPU, without one: the tests marked gpu, and those of training and embedding, on a simulated device.
+
+All of it: pytest -m "slow or not slow" tests/test_simulated_cuda.py
+"""
 
 import os
 import shutil
@@ -43,9 +46,10 @@ WHAT_IT_STANDS_ON = pytest.param(["embed", "encoder", "gradient_cache", "heads",
 ELSEWHERE = "two_independent_processes or killed_build or killed_compressed_build or launcher or real_teachers"
 
 
-def test_what_needs_a_gpu_passes(environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("rows", ["not 3000", pytest.param("3000", marks=pytest.mark.slow)])  # minutes on a CPU
+def test_what_needs_a_gpu_passes(environment: dict[str, str], rows: str) -> None:
     files = [str(path) for path in TESTS.glob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
-    assert " passed" in run_tests(environment, "-m", "gpu", "-k", "not 3000", *files)  # rows: minutes on a CPU
+    assert " passed" in run_tests(environment, "-m", "gpu", "-k", rows, *files)
 
 
 @pytest.mark.parametrize("names", [MAIN_JOB, WHAT_IT_STANDS_ON])

@@ -45,12 +45,7 @@ def static(
         texts = vocabulary if texts is None else texts
         vocabulary = fit_vocabulary(teacher, vocabulary)
     vectors = teacher.encode_vocabulary() if token_vectors is None else token_vectors
-    expected = (len(teacher.tokenizer), teacher.width)
-    if tuple(vectors.shape) != expected or not vectors.isfinite().all():
-        raise DataError(
-            f"token vectors of {teacher.name} are finite and {expected}, one for each token id, got {tuple(vectors.shape)}"
-            f"{'' if vectors.isfinite().all() else ' with NaN or infinite numbers'}."
-        )
+    _refuse_other_vectors(teacher, vectors)
     if vocabulary is not None:
         words = teacher.encode(vocabulary.words, progress="words") if word_vectors is None else word_vectors
         vectors = vocabulary.vectors(vectors, words)
@@ -64,6 +59,15 @@ def require_width(teacher: Encoder, width: int) -> None:
     teacher.require_transformer()
     if not 1 <= width <= teacher.width:
         raise RecipeError(f"a static student of {teacher.name} has width 1..{teacher.width}, got {width}.")
+
+
+def _refuse_other_vectors(teacher: Encoder, vectors: Tensor) -> None:
+    expected, found = (len(teacher.tokenizer), teacher.width), tuple(vectors.shape)
+    if found != expected or not vectors.isfinite().all():
+        numbers = "" if vectors.isfinite().all() else " with NaN or infinite numbers"
+        raise DataError(
+            f"token vectors of {teacher.name} are finite and {expected}, one for each token id, got {found}{numbers}."
+        )
 
 
 def _built(

@@ -52,8 +52,8 @@ def accelerator_of(config: TrainConfig, output: Path) -> Iterator["Accelerator"]
             state._shared_state.update(values)
 
 
-def take_off(student: nn.Module) -> dict[str, Any]:
-    """What `Accelerator.prepare` put on a module itself, its precision: taken off, for `vars(student).update` to give back."""
+def unprepare(student: nn.Module) -> dict[str, Any]:
+    """Take off what `Accelerator.prepare` put on a module itself, its precision; `vars(student).update` gives it back."""
     names = ("forward", "_original_forward", "_is_accelerate_prepared")
     return {name: vars(student).pop(name) for name in names if name in vars(student)}
 

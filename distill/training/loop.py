@@ -25,7 +25,7 @@ from distill.errors import IntegrityError, NumericsError, Stopped
 from distill.modules import Reading, TransformerBackbone
 from distill.store import Store
 from distill.training import checkpoint, execution, finite, optimizer, sampling
-from distill.training.acceleration import accelerator_of, take_off
+from distill.training.acceleration import accelerator_of, unprepare
 from distill.training.averaging import WeightAverage
 from distill.training.examples import Examples
 from distill.training.feed import Feed, Loss
@@ -105,7 +105,7 @@ class _Loop:
         self.read = Reading()  # by the student, in this run
         # From here on the student is changed, until the end of `run`: what cannot be run has been refused before.
         self.rows = optimizer.rows_of(student, self.adamw, config, self.average)
-        self.callers = take_off(student)
+        self.prepared_by_caller = unprepare(student)
         self.model, self.optimizer = self.accelerator.prepare(student, self.adamw)
         self.gradients = StepGradients(
             student, self.model, micro_batch=config.micro_batch or config.batch_size, device=self.accelerator.device
@@ -117,8 +117,8 @@ class _Loop:
                 return self._run(seconds)
         finally:
             self.feed.close()
-            take_off(self.student)
-            vars(self.student).update(self.callers)
+            unprepare(self.student)
+            vars(self.student).update(self.prepared_by_caller)
             if self.rows:
                 self.rows.give_back()
             self.student.eval()
